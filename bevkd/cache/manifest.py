@@ -1,0 +1,309 @@
+"""What a cache says about itself: the header before the work, a record per block, the manifest at the end."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, Field, JsonValue, model_validator
+
+from bevkd.cache import blocks
+from bevkd.cache.encoding import ArraySpec, all_arrays
+from bevkd.cache.spec import CacheSpec, SignalName
+from bevkd.config import StrictModel, digest, parse
+from bevkd.data.source import DatasetIdentity
+from bevkd.errors import CacheError, ConfigError, report
+from bevkd.grid import BEVGrid
+
+SCHEMA_VERSION: Literal[1] = 1
+FRAME: Literal["LIDAR frame, [C,Y,X]"] = "LIDAR frame, [C,Y,X]"
+ROOT = "zarr.json"
+MANIFEST = "manifest.json"
+COMMITS = "commits"
+_MAX_ELEMENTS = 2**28
+_WRITERS = ("bevkd", "numcodecs", "numpy", "torch", "zarr")
+
+Model = TypeVar("Model", bound=BaseModel)
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Token = Annotated[str, Field(min_length=1, max_length=256)]
+Dimension = Annotated[int, Field(ge=1, le=65_536)]
+Bytes = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that determine the bytes of a cache."""
+    versions = {"python": platform.python_version()}
+    for name in _WRITERS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "source tree"
+    return versions
+
+
+class TeacherIdentity(StrictModel):
+    """Which teacher wrote a cache.
+
+    Attributes:
+        architecture: the teacher's resolved config.
+        weights_sha256: SHA-256 of the weight file.
+        preprocessing: what happens to sensor data before the teacher sees it (sweeps, image size, normalisation).
+        origin: where the weights come from, for readers.
+    """
+
+    name: str
+    architecture: dict[str, JsonValue]
+    weights_sha256: Sha256
+    preprocessing: dict[str, JsonValue] = Field(default_factory=dict)
+    origin: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the identity, which every commit record repeats."""
+        return digest(self)
+
+
+class Header(StrictModel):
+    """Everything about a cache that is fixed before the work starts.
+
+    Attributes:
+        classes: class names in the order of heatmap channels and box labels.
+        tokens: sample tokens; their order is axis 0 of every array.
+        sample_shapes: shape of one sample per stored map signal; ``CacheWriter.open`` fills it in.
+        config: the resolved config of the run.
+        licence: what the licences of data set and weights ask of users of the cache.
+        frame: axes of all maps and boxes.
+        versions: of Python and packages when the cache was begun.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    spec: CacheSpec
+    teacher: TeacherIdentity
+    dataset: DatasetIdentity
+    grid: BEVGrid
+    classes: tuple[str, ...]
+    tokens: tuple[Token, ...] = Field(min_length=1)
+    sample_shapes: dict[SignalName, tuple[Dimension, ...]] = Field(default_factory=dict)
+    config: dict[str, JsonValue] = Field(default_factory=dict)
+    licence: str = ""
+    frame: Literal["LIDAR frame, [C,Y,X]"] = FRAME
+    versions: dict[str, str] = Field(default_factory=package_versions)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.tokens)) != len(self.tokens):
+            raise ValueError(f"tokens: {len(self.tokens) - len(set(self.tokens))} are repeated, each must occur once")
+        for signal, shape in self.sample_shapes.items():
+            self._check_shape(signal, shape)
+        return self
+
+    def _check_shape(self, signal: str, shape: tuple[int, ...]) -> None:
+        wanted = "[T,10,Y,X]" if signal == "box_code" else "[C,Y,X]"
+        if len(shape) != (4 if signal == "box_code" else 3) or (signal == "box_code" and shape[1] != 10):
+            raise ValueError(f"sample_shapes.{signal} is {list(shape)}, it must be {wanted}")
+        if math.prod(shape) > _MAX_ELEMENTS:
+            raise ValueError(f"sample_shapes.{signal} is {list(shape)}, more than {_MAX_ELEMENTS} values per sample")
+        if shape[-2:] != self.grid.shape:
+            raise ValueError(f"sample_shapes.{signal} is {list(shape)}, but the grid is {self.grid}")
+        if signal == "heatmap" and shape[0] != len(self.classes):
+            raise ValueError(f"sample_shapes.heatmap has {shape[0]} channels for {len(self.classes)} classes")
+
+    @property
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        """The stored arrays, ordered by signal."""
+        return all_arrays(self.spec, self.sample_shapes)
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks."""
+        return blocks.count(len(self.tokens), self.spec.block)
+
+    def block_tokens(self, block: int) -> tuple[str, ...]:
+        """Return the tokens of a block."""
+        return blocks.tokens_of(self.tokens, self.spec.block, block)
+
+
+class FileRecord(StrictModel):
+    """Size and CRC-32C (eight hexadecimal digits) of a file."""
+
+    bytes: Bytes
+    crc32c: str = Field(pattern="^[0-9a-f]{8}$")
+
+
+class SignalStats(StrictModel):
+    """The worst sample of a block: highest error (see ``SignalSpec.max_error``), lowest cosine similarity."""
+
+    error_max: float
+    cosine_min: float
+
+
+class BlockRecord(StrictModel):
+    """Proof that a block is complete: ``commits/<block>.json``, written after all its shards."""
+
+    block: int = Field(ge=0)
+    tokens: tuple[Token, ...]
+    arrays: dict[str, FileRecord]
+    stats: dict[SignalName, SignalStats]
+    teacher: Sha256
+    versions: dict[str, str]
+
+    def faults(self, header: Header, block: int) -> list[str]:
+        """Return how this record does not fit block ``block`` of ``header``."""
+        found = []
+        if self.block != block or self.tokens != header.block_tokens(block):
+            found.append(f"commit record of block {block} is of block {self.block} or of other tokens")
+        if set(self.arrays) != {array.name for array in header.arrays}:
+            found.append(f"commit record of block {block} lists the arrays {sorted(self.arrays)}")
+        if self.teacher != header.teacher.fingerprint:
+            found.append(f"commit record of block {block} is of another teacher ({self.teacher[:12]})")
+        return found
+
+
+class Manifest(Header):
+    """A sealed cache: header, all commit records, and size and checksum of each metadata file.
+
+    Attributes:
+        name: SHA-256 of everything else in the manifest, which is the cache's name.
+        files: the ``zarr.json`` files by path in the cache.
+    """
+
+    name: Sha256
+    records: tuple[BlockRecord, ...]
+    files: dict[str, FileRecord]
+
+    @model_validator(mode="after")
+    def _check_records(self) -> Self:
+        if len(self.records) != self.blocks:
+            raise ValueError(f"records: {len(self.records)} for {self.blocks} blocks")
+        for block, record in enumerate(self.records):
+            if found := record.faults(self, block):
+                raise ValueError("; ".join(found))
+        if set(self.files) != {ROOT, *(f"{array.name}/{ROOT}" for array in self.arrays)}:
+            raise ValueError(f"files: lists {sorted(self.files)}")
+        return self
+
+
+def name_of(manifest: Mapping[str, Any]) -> str:
+    """Return the name of a manifest: the SHA-256 of its JSON without ``name``."""
+    return digest({key: value for key, value in manifest.items() if key != "name"})
+
+
+def to_json(value: BaseModel | Mapping[str, Any]) -> bytes:
+    """Return the one JSON text that a model or mapping of plain values has in a cache.
+
+    Raises:
+        CacheError: a number is infinite or not a number.
+    """
+    data = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    try:
+        return (json.dumps(data, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+    except ValueError as error:
+        raise CacheError(f"the teacher's identity or the config holds {error}: write such numbers as text.") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the mapping in a JSON file of a cache.
+
+    Raises:
+        CacheError: the file is missing or damaged.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CacheError(f"cannot read {path}: {error.strerror}. Restore it from a copy of the cache.") from error
+    except (ValueError, RecursionError) as error:
+        raise CacheError(f"{path} is damaged: it is no JSON text. Restore it from a copy of the cache.") from error
+    if not isinstance(data, dict):
+        raise CacheError(f"{path} is damaged: it holds no mapping. Restore it from a copy of the cache.")
+    return data
+
+
+def parse_json(model: type[Model], data: dict[str, Any], path: Path) -> Model:
+    """Return ``data``, read from ``path``, as ``model``.
+
+    Raises:
+        CacheError: written by a later version of bevkd, or faults, all of which are listed.
+    """
+    version = data.get("schema_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:
+        raise CacheError(f"{path} has schema version {version}, this bevkd reads {SCHEMA_VERSION}. Upgrade bevkd.")
+    try:
+        return parse(model, data, str(path))
+    except ConfigError as error:
+        raise CacheError(f"{error}\nRestore the file from a copy of the cache.") from error
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of a sealed cache.
+
+    Raises:
+        CacheError: the manifest is missing, damaged, or does not have its own digest as its name.
+    """
+    path = folder / MANIFEST
+    data = read_json(path)
+    manifest = parse_json(Manifest, data, path)
+    if name_of(data) != manifest.name:
+        raise CacheError(
+            f"{path} was changed after the cache was sealed: its digest is {name_of(data)[:12]}, its name is "
+            f"{manifest.name[:12]}. Restore it from a copy of the cache."
+        )
+    return manifest
+
+
+def committed(folder: Path) -> set[int]:
+    """Return the blocks of a cache that have a commit record."""
+    names = (entry.name.removesuffix(".json") for entry in (folder / COMMITS).glob("*.json"))
+    return {int(name) for name in names if name.isdecimal()}
+
+
+def read_header(folder: Path) -> Header:
+    """Return the header of a cache, sealed or not.
+
+    Raises:
+        CacheError: there is none, or it is damaged.
+    """
+    path = folder / ROOT
+    attributes = read_json(path).get("attributes")
+    found = attributes.get("bevkd") if isinstance(attributes, dict) else None
+    if not isinstance(found, dict):
+        raise CacheError(f"{path} is not of a bevkd cache. Give the folder that cache-teacher wrote, or a new one.")
+    return parse_json(Header, found, path)
+
+
+def check_same(path: Path, existing: Header, wanted: Header) -> None:
+    """Check that a run may go on with a cache that another run began; package versions may differ.
+
+    Raises:
+        CacheError: names every field that differs.
+    """
+    old, new = (_flat(header.model_dump(mode="json", exclude={"tokens", "versions"})) for header in (existing, wanted))
+    faults = [
+        f"{key}: the cache has {old.get(key, 'nothing')!r}, this run {new.get(key, 'nothing')!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if existing.tokens != wanted.tokens:
+        added, gone = set(wanted.tokens) - set(existing.tokens), set(existing.tokens) - set(wanted.tokens)
+        how = f"{len(added)} are new, {len(gone)} are gone" if added or gone else "their order differs"
+        faults.append(f"tokens: the cache has {len(existing.tokens)}, this run {len(wanted.tokens)}; {how}")
+    if faults:
+        headline = (
+            f"{path} was begun by a different run. Write to another folder, undo these differences, or delete the "
+            "folder to start again:"
+        )
+        raise report(CacheError, headline, faults)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    return {
+        path: leaf
+        for key, child in value.items()
+        for path, leaf in _flat(child, f"{prefix}.{key}" if prefix else str(key)).items()
+    }

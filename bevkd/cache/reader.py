@@ -1,0 +1,205 @@
+"""Reading a sealed cache: one open, one pread and one decompression per array; no threads, no state but indices."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bevkd.cache import blocks, files, shard
+from bevkd.cache.encoding import Array, ArraySpec, arrays_for, decode
+from bevkd.cache.manifest import COMMITS, MANIFEST, ROOT, Manifest, committed, read_header, read_manifest
+from bevkd.data.source import DatasetIdentity
+from bevkd.errors import CacheError
+from bevkd.grid import BEVGrid
+from bevkd.types import Boxes
+
+_SHOWN = 3
+
+
+class CacheReader:
+    """A sealed cache, by sample token.
+
+    It holds no open file, so it may be used after a fork and by several threads; it is pickled as its path.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._samples = {token: sample for sample, token in enumerate(manifest.tokens)}
+        self._arrays = {
+            signal: arrays_for(signal, spec, manifest.sample_shapes.get(signal, ()))
+            for signal, spec in manifest.spec.signals.items()
+        }
+        self._indices: dict[tuple[str, int], shard.Index] = {}
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Return a reader of the cache at ``path`` (a folder or its ``file://`` address).
+
+        Raises:
+            CacheError: there is no cache, it is not sealed, or its manifest or metadata are damaged.
+        """
+        folder = files.local_path(path).absolute()
+        if not (folder / MANIFEST).exists():
+            raise CacheError(_why_not_sealed(folder))
+        manifest = read_manifest(folder)
+        for name, record in manifest.files.items():
+            try:
+                found = shard.file_record(folder / name)
+            except OSError as error:
+                raise CacheError(f"{folder / name} cannot be read: {error.strerror}. {_RESTORE}.") from error
+            if found != record:
+                raise CacheError(f"{folder / name} is damaged: its checksum is not the manifest's. {_RESTORE}.")
+        return cls(folder, manifest)
+
+    def __reduce__(self) -> tuple[Callable[[Path], CacheReader], tuple[Path]]:
+        return type(self).open, (self.folder,)
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The sample tokens, in stored order."""
+        return self.manifest.tokens
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __contains__(self, token: object) -> bool:
+        return token in self._samples
+
+    def arrays(self, signals: Sequence[str]) -> tuple[ArraySpec, ...]:
+        """Return the arrays that :meth:`read` returns for ``signals``.
+
+        Raises:
+            CacheError: the cache does not hold one of them.
+        """
+        if absent := [signal for signal in signals if signal not in self._arrays]:
+            raise CacheError(
+                f"cache {self.folder} holds no {', '.join(absent)}, only {', '.join(self._arrays)}. Write a cache "
+                "with a spec that stores it."
+            )
+        return tuple(array for signal in signals for array in self._arrays[signal])
+
+    def read(self, token: str, signals: Sequence[str], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """Return the stored arrays of one sample, by array name, as ``decode`` takes them.
+
+        Args:
+            out: buffers to fill, by array name; missing ones are allocated. Each must be contiguous and have the shape
+                and type of its array.
+
+        Raises:
+            CacheError: unknown token or signal, or a shard is missing, truncated or damaged.
+        """
+        arrays = self.arrays(signals)
+        sample = self._samples.get(token)
+        if sample is None:
+            raise CacheError(f"cache {self.folder} holds no sample '{token}'. Write a cache of the data set you use.")
+        block, slot = blocks.locate(sample, self.manifest.spec.block)
+        found = {}
+        for array in arrays:
+            buffer = None if out is None else out.get(array.name)
+            if buffer is None:
+                buffer = np.empty(array.shape, array.dtype)
+            elif buffer.shape != array.shape or buffer.dtype != array.dtype or not buffer.flags.c_contiguous:
+                raise CacheError(f"out['{array.name}'] must be a contiguous {array.dtype} array of {array.shape}.")
+            try:
+                self._read_sample(array, block, slot, buffer)
+            except CacheError as error:
+                raise CacheError(f"sample '{token}' of cache {self.folder}: {error}. {self._advice(block)}") from error
+            found[array.name] = buffer
+        return found
+
+    def signal(self, token: str, name: str) -> Float[Tensor, "..."] | Boxes:
+        """Return one decoded signal of one sample: a float32 map, or boxes."""
+        stored = {key: torch.from_numpy(array)[None] for key, array in self.read(token, [name]).items()}
+        return decode(name, self.manifest.spec.signals[name], stored)[0]
+
+    def check_index(self, array: ArraySpec, block: int) -> shard.Index:
+        """Return the checked index of a shard, read once per process.
+
+        Raises:
+            CacheError: the shard is missing, truncated or damaged.
+        """
+        index = self._indices.get((array.name, block))
+        if index is None:
+            record = self.manifest.records[block]
+            path = self.folder / shard.shard_name(array, block)
+            used, size = len(record.tokens), record.arrays[array.name].bytes
+            index = shard.read_index(path, self.manifest.spec.block, used, size)
+            self._indices[array.name, block] = index
+        return index
+
+    def require(
+        self,
+        signals: Sequence[str],
+        grid: BEVGrid | None = None,
+        tokens: Sequence[str] | None = None,
+        classes: Sequence[str] | None = None,
+        dataset: DatasetIdentity | None = None,
+    ) -> list[str]:
+        """Return everything in which the cache does not fit its use; None is not checked."""
+        held = self.manifest
+        faults = [
+            f"{signal} is not stored (stored are {', '.join(self._arrays)}): write a cache with a spec that stores it"
+            for signal in signals
+            if signal not in self._arrays
+        ]
+        if grid is not None and grid != held.grid:
+            faults.append(f"grid: the cache has {held.grid}, z {list(held.grid.z_m)} m; wanted is {grid}")
+        if classes is not None and tuple(classes) != held.classes:
+            faults.append(f"classes: the cache has {', '.join(held.classes)}; wanted are {', '.join(classes)}")
+        if dataset is not None:
+            old, new = held.dataset.model_dump(), dataset.model_dump()
+            faults += [
+                f"dataset.{key}: the cache has {old[key]!r}, wanted is {new[key]!r}"
+                for key in old
+                if old[key] != new[key]
+            ]
+        if tokens is not None and (absent := [token for token in tokens if token not in self]):
+            some = ", ".join(absent[:_SHOWN]) + (", ..." if len(absent) > _SHOWN else "")
+            faults.append(f"tokens: {len(absent)} of {len(tokens)} samples are not in the cache: {some}")
+        return [f"cache {self.folder}: {fault}" for fault in faults]
+
+    def _read_sample(self, array: ArraySpec, block: int, slot: int, buffer: Array) -> None:
+        offset, size = self.check_index(array, block)[slot].tolist()
+        path = self.folder / shard.shard_name(array, block)
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                data = os.pread(handle, size, offset)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise CacheError(f"shard {path} cannot be read: {error.strerror}") from error
+        if len(data) != size:
+            raise CacheError(f"shard {path} is truncated")
+        try:
+            shard.decompress(data, buffer)
+        except CacheError as error:
+            raise CacheError(f"shard {path}: {error}") from error
+
+    def _advice(self, block: int) -> str:
+        return (
+            f"{_RESTORE}, or delete {MANIFEST}, {COMMITS}/{block}.json and the shards c.{block}* and run cache-teacher "
+            "again"
+        )
+
+
+_RESTORE = "Restore the file from a copy of the cache"
+
+
+def _why_not_sealed(folder: Path) -> str:
+    if not (folder / ROOT).exists():
+        return f"there is no cache at {folder}. Check the path, or write one with cache-teacher."
+    header = read_header(folder)
+    done = len(committed(folder))
+    return (
+        f"cache {folder} is not sealed: {done} of {header.blocks} blocks are committed. Run cache-teacher with "
+        "the same recipe again to finish it."
+    )

@@ -1,0 +1,88 @@
+"""Frames joined with what the caches hold of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils.data import Dataset
+
+from bevkd.cache.reader import CacheReader
+from bevkd.data.augment import AugmentConfig, apply_affine, draw_view, scale_brightness
+from bevkd.data.collate import Sample
+from bevkd.data.images import ImageView
+from bevkd.data.sampler import FrameOrder, mix
+from bevkd.data.source import FrameSource, Sensor
+from bevkd.geometry.affine import BEVAffine
+
+
+@dataclass(frozen=True)
+class View:
+    """What an encoder wants of a frame: sensors, and the size of the images in pixels."""
+
+    sensors: frozenset[Sensor]
+    image_height: int = 0
+    image_width: int = 0
+
+
+class FrameDataset(Dataset[Sample]):
+    """Frames by index, as they are: for caching and evaluation."""
+
+    def __init__(self, source: FrameSource, tokens: Sequence[str], view: View) -> None:
+        self.source, self.tokens, self.view = source, tuple(tokens), view
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> Sample:
+        token = self.tokens[index]
+        frame = self.source.load(token, self.view.sensors, self._views(token))
+        return Sample(frame, BEVAffine.identity(), {})
+
+    def _views(self, token: str) -> Mapping[str, ImageView] | None:
+        if "camera" not in self.view.sensors:
+            return None
+        height, width = self.view.image_height, self.view.image_width
+        return {name: ImageView.cover(size, height, width) for name, size in self.source.image_sizes(token).items()}
+
+
+class TrainingDataset(Dataset[Sample]):
+    """Augmented frames with cached signals, by position in the run: a pure function of (seed, position).
+
+    Args:
+        order: which frame stands where.
+        caches: reader and the signals to read, by cache name.
+    """
+
+    def __init__(
+        self,
+        source: FrameSource,
+        view: View,
+        order: FrameOrder,
+        augment: AugmentConfig,
+        caches: Mapping[str, tuple[CacheReader, tuple[str, ...]]],
+        seed: int,
+    ) -> None:
+        self.source, self.view, self.order, self.augment = source, view, order, augment
+        self.caches, self.seed = caches, seed
+
+    def __getitem__(self, position: int) -> Sample:
+        token = self.order[position]
+        generator = torch.Generator().manual_seed(mix(self.seed, position))
+        affine = BEVAffine.sample(self.augment.bev, generator)
+        views = None
+        if "camera" in self.view.sensors:
+            height, width = self.view.image_height, self.view.image_width
+            views = {
+                name: draw_view(size, height, width, self.augment.image, generator)
+                for name, size in self.source.image_sizes(token).items()
+            }
+        frame = self.source.load(token, self.view.sensors, views)
+        if frame.images is not None:
+            frame = replace(frame, images=scale_brightness(frame.images, self.augment.image, generator))
+        stored = {
+            name: {key: torch.from_numpy(array) for key, array in reader.read(token, signals).items()}
+            for name, (reader, signals) in self.caches.items()
+        }
+        return Sample(apply_affine(frame, affine), affine, stored)

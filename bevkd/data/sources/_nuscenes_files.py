@@ -1,0 +1,142 @@
+"""Sensor files of nuScenes: reading point clouds, and telling whether files are whole."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from bevkd.errors import DataError
+
+LIDAR_RECORD_BYTES = 20
+"""One LiDAR return: x, y, z (m), intensity (0-255), ring, each a float32."""
+
+NEAR_M = 1.0
+"""Returns with |x| and |y| below this are the car itself."""
+
+_RADAR_TYPES = {
+    ("F", 4): "<f4",
+    ("F", 8): "<f8",
+    ("I", 1): "<i1",
+    ("I", 2): "<i2",
+    ("I", 4): "<i4",
+    ("U", 1): "<u1",
+    ("U", 2): "<u2",
+    ("U", 4): "<u4",
+}
+
+
+def read_lidar(path: Path) -> npt.NDArray[np.float32]:
+    """Return x, y, z (sensor frame, m) and intensity (0-255) of the returns beyond the car, ``[P, 4]``.
+
+    Raises:
+        DataError: the file is missing or truncated.
+    """
+    fault = file_fault(path)
+    if fault:
+        raise DataError(f"{path}: {fault}. Download it again, or leave its frame out (skip_missing: true).")
+    points: npt.NDArray[np.float32] = np.fromfile(path, dtype=np.float32).reshape(-1, 5)[:, :4]
+    return _beyond_car(points)
+
+
+def read_radar(path: Path) -> npt.NDArray[np.float32]:
+    """Return x, y, z (sensor frame, m), compensated velocity (vx, vy, m/s) and cross section (dBsm), ``[R, 6]``.
+
+    Keeps what the devkit keeps by default: valid, unambiguous returns that are not flagged as stopped (7).
+
+    Raises:
+        DataError: the file is missing, truncated or no binary PCD file.
+    """
+    try:
+        table = _read_pcd(path.read_bytes())
+        if len(table) and np.isnan([table[name][0] for name in table.dtype.names or ()]).any():
+            table = table[:0]  # how nuScenes writes a scan without returns
+        kept = (table["invalid_state"] == 0) & (table["dyn_prop"] < 7) & (table["ambig_state"] == 3)
+        columns = [table[name][kept] for name in ("x", "y", "z", "vx_comp", "vy_comp", "rcs")]
+    except FileNotFoundError as error:
+        raise DataError(f"no such radar file: {path}. Download it again, or leave its frame out.") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} is no whole radar file: {error}. Download it again.") from error
+    points: npt.NDArray[np.float32] = np.stack(columns, axis=1).astype(np.float32)
+    return _beyond_car(points)
+
+
+def file_fault(path: Path) -> str | None:
+    """Return what is wrong with a sensor file: missing, empty or truncated; None if it looks whole.
+
+    Cheap: an image is not decoded. A truncated JPEG lacks its end marker, which cannot occur inside its data.
+    """
+    try:
+        size = path.stat().st_size
+        if not path.is_file():
+            return "is not a file"
+        if size == 0:
+            return "is empty"
+        if path.name.endswith(".bin"):
+            return _lidar_fault(size)
+        if path.name.endswith(".pcd"):
+            _read_pcd(path.read_bytes())
+            return None
+        return _image_fault(path, size)
+    except FileNotFoundError:
+        return "missing"
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({error})"
+
+
+def file_faults(root: Path, files: list[str]) -> dict[str, str]:
+    """Return the fault of each of ``files`` (relative to ``root``) that has one."""
+    # Threads hide the latency of network file systems; checking needs almost no processor time.
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        faults = pool.map(file_fault, [root / name for name in files])
+        return {name: fault for name, fault in zip(files, faults, strict=True) if fault}
+
+
+def _lidar_fault(size: int) -> str | None:
+    if size % LIDAR_RECORD_BYTES:
+        return f"truncated ({size} bytes is no multiple of the {LIDAR_RECORD_BYTES} bytes of a LiDAR return)"
+    return None
+
+
+def _image_fault(path: Path, size: int) -> str | None:
+    with path.open("rb") as file:
+        jpeg = file.read(2) == b"\xff\xd8"
+        file.seek(max(0, size - 256))  # some cameras pad the end
+        tail = file.read()
+    if path.suffix.lower() in (".jpg", ".jpeg") and not jpeg:
+        return "is not a JPEG image"
+    if jpeg and b"\xff\xd9" not in tail:
+        return "truncated (the JPEG end marker is missing)"
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        return f"is no whole image ({error})"
+    return None
+
+
+def _beyond_car(points: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    beyond: npt.NDArray[np.float32] = points[(np.abs(points[:, :2]) >= NEAR_M).any(axis=1)]
+    return beyond
+
+
+def _read_pcd(content: bytes) -> npt.NDArray[np.void]:
+    """Return the records of a binary PCD file; raises ValueError if it is none or is truncated."""
+    head, found, body = content.partition(b"\nDATA binary\n")
+    if not found:
+        raise ValueError("no header of a binary PCD file")
+    lines = (line.split() for line in head.decode("ascii", errors="replace").splitlines() if not line.startswith("#"))
+    header = {words[0]: words[1:] for words in lines if words}
+    try:
+        kinds = zip(header["TYPE"], map(int, header["SIZE"]), strict=True)
+        fields = list(zip(header["FIELDS"], [_RADAR_TYPES[kind] for kind in kinds], strict=True))
+        count = int(header["WIDTH"][0]) * int(header["HEIGHT"][0])
+        record = np.dtype(fields)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"its header cannot be read ({error})") from error
+    if len(body) < count * record.itemsize:
+        raise ValueError(f"truncated: {len(body)} of {count * record.itemsize} bytes of returns")
+    return np.frombuffer(body, dtype=record, count=count)

@@ -1,0 +1,338 @@
+"""nuScenes, and every data set written in its format."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float, UInt8
+from pydantic import AfterValidator, BeforeValidator, Field
+from torch import Tensor
+
+from bevkd.config import PluginConfig
+from bevkd.data.images import ImageView, read_image
+from bevkd.data.source import DatasetIdentity, Sensor
+from bevkd.data.sources._nuscenes_build import transforms
+from bevkd.data.sources._nuscenes_files import file_faults, read_lidar, read_radar
+from bevkd.data.sources._nuscenes_index import FrameIndex, open_index
+from bevkd.data.sources._nuscenes_select import check_folders, select_frames, select_labelled
+from bevkd.errors import DataError
+from bevkd.types import Boxes, Frame, Rig
+
+CLASSES = (
+    "car",
+    "truck",
+    "bus",
+    "trailer",
+    "construction_vehicle",
+    "pedestrian",
+    "motorcycle",
+    "bicycle",
+    "traffic_cone",
+    "barrier",
+)
+"""The detection classes, in the devkit's order."""
+
+
+def _check_classes(classes: tuple[str, ...]) -> tuple[str, ...]:
+    unknown = [name for name in classes if name not in CLASSES]
+    if unknown:
+        raise ValueError(f"unknown classes {', '.join(unknown)}; the detection classes are {', '.join(CLASSES)}")
+    if not classes or len(set(classes)) < len(classes):
+        raise ValueError("name at least one class, and each of them once")
+    return classes
+
+
+def _check_labels(labels: object) -> object:
+    if isinstance(labels, bool) or (isinstance(labels, int | float) and not 0 < labels <= 1):
+        raise ValueError(f"a fraction of labelled frames must be above 0 and at most 1, got {labels}")
+    if not isinstance(labels, int | float | str | Path | list | tuple):
+        raise ValueError("give a fraction, a list of scene names, or the path of a file with a token per line")
+    return labels
+
+
+class Config(PluginConfig):
+    """Which key frames to read from where.
+
+    Attributes:
+        root: folder that holds ``samples/``, ``sweeps/`` and the folder ``version``.
+        split: official split, or one of ``splits.json`` in the version's folder.
+        scenes, tokens: narrow the split to these scene names, and to exactly these sample tokens.
+        classes: detection classes wanted; boxes of others are left out.
+        sweeps: LiDAR scans put together per frame, with the key frame's own.
+        radar_sweeps: radar scans put together per frame and radar.
+        min_points: LiDAR and radar returns that a box must contain to be a label.
+        labels: labelled frames: a fraction (whole scenes are drawn), scene names, or a file with a token per line.
+        labels_seed: changes the scenes that are drawn.
+        skip_missing: leave out frames with missing or damaged sensor files instead of refusing to start.
+        index_dir: where the frame index is kept; None means the user's cache folder.
+    """
+
+    name: Literal["nuscenes"] = "nuscenes"
+    root: Path
+    version: str = "v1.0-trainval"
+    split: str = "train"
+    scenes: tuple[str, ...] | None = None
+    tokens: tuple[str, ...] | None = None
+    classes: Annotated[tuple[str, ...], AfterValidator(_check_classes)] = CLASSES
+    sweeps: int = Field(default=10, ge=1, le=10)
+    radar_sweeps: int = Field(default=6, ge=1, le=13)
+    min_points: int = Field(default=1, ge=0)
+    labels: Annotated[float | tuple[str, ...] | Path, BeforeValidator(_check_labels)] = 1.0
+    labels_seed: int = 0
+    skip_missing: bool = False
+    index_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class GlobalBoxes:
+    """All annotations of one frame in the map frame, whatever their category; A of them.
+
+    Attributes:
+        categories: category names, e.g. ``static_object.bicycle_rack``.
+        names: detection class of each, None for categories outside the ten.
+        attributes: attribute names, empty where there is none.
+        translation, size: metres; size is (width, length, height).
+        rotation: quaternion (w, x, y, z).
+        velocity: (vx, vy) m/s, NaN where unknown.
+        points: LiDAR and radar returns inside.
+    """
+
+    categories: tuple[str, ...]
+    names: tuple[str | None, ...]
+    attributes: tuple[str, ...]
+    translation: npt.NDArray[np.float64]
+    size: npt.NDArray[np.float64]
+    rotation: npt.NDArray[np.float64]
+    velocity: npt.NDArray[np.float64]
+    points: npt.NDArray[np.int64]
+
+
+class NuScenesSource:
+    """The key frames that a :class:`Config` asks for; a ``FrameSource``.
+
+    Attributes:
+        skipped: key frames left out because of missing or damaged files (``skip_missing``).
+        cameras: camera names, in the rig's order.
+    """
+
+    def __init__(
+        self, config: Config, index: FrameIndex, rows: Sequence[int], labelled: frozenset[str], skipped: int = 0
+    ) -> None:
+        self.config = config
+        self.index = index
+        self.skipped = skipped
+        self.classes: tuple[str, ...] = config.classes
+        self.tokens = tuple(index["frame_token"][row].decode() for row in rows)
+        self.labelled = labelled.intersection(self.tokens)
+        self.cameras = tuple(name for _, name in index.channels("camera"))
+        self._label_of = np.array(
+            [self.classes.index(name) if name in self.classes else -1 for name in index.meta["detection_names"]] or [-1]
+        )
+        digest = hashlib.sha256()
+        for token, row in zip(self.tokens, rows, strict=True):
+            digest.update(token.encode() + index["frame_digest"][row].tobytes())
+        self.identity = DatasetIdentity(
+            name=config.name,
+            version=config.version,
+            split=config.split,
+            frames=len(self.tokens),
+            annotation_digest=digest.hexdigest(),
+        )
+
+    def load(self, token: str, sensors: frozenset[Sensor], views: Mapping[str, ImageView] | None = None) -> Frame:
+        """Return the frame with the sensors asked for; see ``FrameSource.load``."""
+        row = self._row(token)
+        images, rig = self._cameras(row, views) if "camera" in sensors else (None, None)
+        return Frame(
+            token=token,
+            timestamp_us=int(self.index["frame_time"][row]),
+            points=self._points(row) if "lidar" in sensors else None,
+            images=images,
+            rig=rig,
+            radar=self._radar(row) if "radar" in sensors else None,
+            boxes=self.annotations(token) if token in self.labelled else None,
+        )
+
+    def image_sizes(self, token: str) -> dict[str, tuple[int, int]]:
+        """Return ``(H, W)`` of each camera's original image, in the rig's order, from the tables."""
+        readings, sizes = self.index["frame_reading"][self._row(token)].tolist(), self.index["reading_size"]
+        present = {name: readings[column] for column, name in self.index.channels("camera") if readings[column] >= 0}
+        return {name: (int(sizes[reading, 0]), int(sizes[reading, 1])) for name, reading in present.items()}
+
+    def annotations(self, token: str) -> Boxes:
+        """Return the boxes of the wanted classes with at least ``min_points`` returns, labelled frame or not."""
+        rows = self._boxes(token)
+        labels = self._label_of[self.index["box_category"][rows]]
+        kept = (labels >= 0) & (self.index["box_points"][rows].sum(axis=1) >= self.config.min_points)
+        values = torch.from_numpy(self.index["box_lidar"][rows][kept])
+        return Boxes(values, torch.from_numpy(labels[kept]).long(), torch.ones(len(values)))
+
+    def global_annotations(self, token: str) -> GlobalBoxes:
+        """Return all annotations of the frame in the map frame, for the metrics."""
+        rows, meta = self._boxes(token), self.index.meta
+        categories = self.index["box_category"][rows].tolist()
+        attributes = self.index["box_attribute"][rows].tolist()
+        values = np.array(self.index["box_global"][rows])
+        return GlobalBoxes(
+            categories=tuple(meta["categories"][number] for number in categories),
+            names=tuple(meta["detection_names"][number] for number in categories),
+            attributes=tuple(meta["attributes"][number] if number >= 0 else "" for number in attributes),
+            translation=values[:, 0:3],
+            size=values[:, 3:6],
+            rotation=values[:, 6:10],
+            velocity=values[:, 10:12],
+            points=self.index["box_points"][rows].sum(axis=1, dtype=np.int64),
+        )
+
+    def global_from_lidar(self, token: str) -> Float[Tensor, "4 4"]:
+        """Return the pose of the BEV frame in the map frame (float64)."""
+        return torch.from_numpy(self._global_from_sensor(self._lidar(self._row(token))))
+
+    def ego_position(self, token: str) -> npt.NDArray[np.float64]:
+        """Return where the car is in the map frame (x, y, z, metres) at the time of the LiDAR scan."""
+        return np.array(self.index["reading_pose"][self._lidar(self._row(token)), :3])
+
+    def scene(self, token: str) -> str:
+        """Return the name of the frame's scene."""
+        return str(self.index.meta["scenes"][self.index["frame_scene"][self._row(token)]])
+
+    def check(self, tokens: Sequence[str], sensors: frozenset[Sensor]) -> list[str]:
+        """Return a fault, naming the file, for each sensor file of ``tokens`` that is missing or damaged."""
+        faults = self._faults(tokens, sensors)
+        return list(dict.fromkeys(fault for frame in faults.values() for fault in frame))
+
+    def whole(self, tokens: Sequence[str], sensors: frozenset[Sensor]) -> list[str]:
+        """Return those of ``tokens`` whose sensor files are all there and undamaged."""
+        faults = self._faults(tokens, sensors)
+        return [token for token in tokens if not faults[token]]
+
+    def _faults(self, tokens: Sequence[str], sensors: frozenset[Sensor]) -> dict[str, list[str]]:
+        wanted = {token: self._files(token, sensors) for token in tokens}
+        files = list(dict.fromkeys(file for files, _ in wanted.values() for file in files))
+        broken = file_faults(self.config.root, files)
+        return {
+            token: [*absent, *(f"{self.config.root / file}: {broken[file]}" for file in files if file in broken)]
+            for token, (files, absent) in wanted.items()
+        }
+
+    def _files(self, token: str, sensors: frozenset[Sensor]) -> tuple[list[str], list[str]]:
+        """Return the files that loading the frame reads, and a fault for each sensor that has no record."""
+        counts = {"lidar": self.config.sweeps, "camera": 1, "radar": self.config.radar_sweeps}
+        readings = self.index["frame_reading"][self._row(token)]
+        files, absent = [], []
+        for sensor in sorted(sensors):
+            for column, name in self.index.channels(sensor):
+                chain = self.index.sweeps(int(readings[column]), counts[sensor])
+                files += [self.index.file(reading) for reading in chain]
+                if not chain:
+                    absent.append(f"sample {token}: sample_data.json has no key frame of {name}")
+        return files, absent
+
+    def _row(self, token: str) -> int:
+        try:
+            return self.index.frame_rows[token]
+        except KeyError:
+            raise DataError(
+                f"sample token '{token}' is not in {self.config.root / self.config.version}. "
+                "Correct the token, or the recipe's root and version."
+            ) from None
+
+    def _boxes(self, token: str) -> slice:
+        row, offsets = self._row(token), self.index["frame_boxes"]
+        return slice(int(offsets[row]), int(offsets[row + 1]))
+
+    def _lidar(self, row: int) -> int:
+        return int(self.index["frame_reading"][row, 0])
+
+    def _global_from_sensor(self, reading: int) -> npt.NDArray[np.float64]:
+        calibration = self.index["calibration_pose"][self.index["reading_calibration"][reading]]
+        global_from_ego, ego_from_sensor = transforms(np.stack([self.index["reading_pose"][reading], calibration]))
+        fused: npt.NDArray[np.float64] = global_from_ego @ ego_from_sensor
+        return fused
+
+    def _lidar_from_sensor(self, row: int, reading: int) -> npt.NDArray[np.float64]:
+        """Return the transform to the key frame's LiDAR frame, through the ego poses of both timestamps."""
+        lidar_from_sensor: npt.NDArray[np.float64] = np.linalg.solve(
+            self._global_from_sensor(self._lidar(row)), self._global_from_sensor(reading)
+        )
+        return lidar_from_sensor
+
+    def _points(self, row: int) -> Float[Tensor, "P 5"]:
+        scans = []
+        for reading in self.index.sweeps(self._lidar(row), self.config.sweeps):
+            points = read_lidar(self.config.root / self.index.file(reading))
+            lidar_from_sweep = self._lidar_from_sensor(row, reading)
+            xyz = points[:, :3] @ lidar_from_sweep[:3, :3].T + lidar_from_sweep[:3, 3]
+            scans.append(np.column_stack([xyz, points[:, 3], self._lags(row, reading, len(points))]))
+        return torch.from_numpy(np.concatenate(scans).astype(np.float32))
+
+    def _radar(self, row: int) -> Float[Tensor, "R 7"]:
+        scans = [np.zeros((0, 7))]
+        for column, _ in self.index.channels("radar"):
+            newest = int(self.index["frame_reading"][row, column])
+            for reading in self.index.sweeps(newest, self.config.radar_sweeps):
+                points = read_radar(self.config.root / self.index.file(reading))
+                lidar_from_radar = self._lidar_from_sensor(row, reading)
+                xyz = points[:, :3] @ lidar_from_radar[:3, :3].T + lidar_from_radar[:3, 3]
+                velocity = points[:, 3:5] @ lidar_from_radar[:2, :2].T
+                scans.append(np.column_stack([xyz, velocity, points[:, 5], self._lags(row, reading, len(points))]))
+        return torch.from_numpy(np.concatenate(scans).astype(np.float32))
+
+    def _lags(self, row: int, reading: int, count: int) -> npt.NDArray[np.float64]:
+        times = self.index["reading_time"]
+        return np.full(count, 1e-6 * float(times[self._lidar(row)] - times[reading]))
+
+    def _cameras(self, row: int, views: Mapping[str, ImageView] | None) -> tuple[UInt8[Tensor, "N 3 H W"], Rig]:
+        wanted = self.cameras if views is None else tuple(views)
+        unknown = [name for name in wanted if name not in self.cameras]
+        if unknown or not wanted:
+            raise DataError(f"no camera {', '.join(unknown)}; the data set has {', '.join(self.cameras) or 'none'}.")
+        names, images, intrinsics, poses = [], [], [], []
+        for column, name in self.index.channels("camera"):
+            if name not in wanted:
+                continue
+            reading = int(self.index["frame_reading"][row, column])
+            if reading < 0:
+                token = self.index["frame_token"][row].decode()
+                raise DataError(f"sample {token} has no key frame of {name} in sample_data.json. Leave the frame out.")
+            view = None if views is None else views[name]
+            height, width = self.index["reading_size"][reading].tolist()
+            images.append(read_image(self.config.root / self.index.file(reading), view, (height, width)))
+            matrix = torch.tensor(self.index["calibration_intrinsics"][self.index["reading_calibration"][reading]])
+            intrinsics.append(matrix if view is None else view.matrix().double() @ matrix)
+            poses.append(torch.from_numpy(self._lidar_from_sensor(row, reading)))
+            names.append(name)
+        if len({image.shape for image in images}) > 1:
+            raise DataError("the cameras have images of different sizes. Give each a view of the same size.")
+        return torch.stack(images), Rig(tuple(names), torch.stack(intrinsics).float(), torch.stack(poses).float())
+
+
+def build(config: Config, sensors: frozenset[Sensor] = frozenset()) -> NuScenesSource:
+    """Return the source; with ``skip_missing`` only frames whose files for ``sensors`` are whole.
+
+    Raises:
+        DataError: folder, version, split, scene or token unknown; tables damaged; or every frame was skipped.
+    """
+    tables = check_folders(config.root, config.version)
+    index = open_index(tables, config.index_dir)
+    rows = select_frames(index, tables, config.split, config.scenes, config.tokens)
+    labelled = select_labelled(index, rows, config.labels, config.labels_seed)
+    source = NuScenesSource(config, index, rows, labelled)
+    if not config.skip_missing or not sensors:
+        return source
+    kept = source.whole(source.tokens, sensors)
+    if not kept:
+        faults = source.check(source.tokens, sensors)
+        raise DataError(
+            f"skip_missing leaves no frame of split '{config.split}': {len(faults)} faults, first {faults[0]}. "
+            "Download the sensor files, or correct root."
+        )
+    whole = [index.frame_rows[token] for token in kept]
+    return NuScenesSource(config, index, whole, labelled, skipped=len(rows) - len(whole))

@@ -1,0 +1,112 @@
+"""What a distillation loss is: a module that turns student output and teacher signals into named terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from bevkd.cache.encoding import decode
+from bevkd.cache.spec import CacheSpec
+from bevkd.data.collate import Batch, StoredSignals
+from bevkd.geometry.affine import BEVAffine, warp_box_codes, warp_maps
+from bevkd.grid import BEVGrid
+from bevkd.models.detector import Detector, DetectorOutput
+from bevkd.types import Boxes, Signals
+
+
+@dataclass(frozen=True)
+class TeacherBatch:
+    """Teacher signals of a batch, and where the student's augmentation took them.
+
+    Point and region losses sample the canonical maps at canonical positions and the student at augmented ones, which
+    needs no warp (design.md section 5). Dense losses ask for :meth:`warped` maps.
+
+    Attributes:
+        canonical: as cached, un-augmented.
+        affines: ``augmented_from_canonical`` of each frame.
+    """
+
+    canonical: Signals
+    affines: tuple[BEVAffine, ...]
+    grid: BEVGrid
+
+    @classmethod
+    def decode(
+        cls, spec: CacheSpec, stored: StoredSignals, affines: tuple[BEVAffine, ...], grid: BEVGrid
+    ) -> TeacherBatch:
+        """Return the signals of a cache's encoded arrays, decoded on the device that they are on."""
+        decoded: dict[str, Any] = {
+            name: decode(name, signal, stored) for name, signal in spec.signals.items() if name in stored
+        }
+        return cls(Signals(**decoded), affines, grid)
+
+    def warped(self, name: str) -> tuple[Tensor, Bool[Tensor, "B 1 Y X"]]:
+        """Return the map ``name`` in the student's frame, and which of its cells the teacher covers."""
+        warp = warp_box_codes if name == "box_code" else warp_maps
+        return warp(self.canonical.need(name), self.affines, self.grid)
+
+    @cached_property
+    def boxes(self) -> tuple[Boxes, ...]:
+        """The teacher's boxes in the student's frame."""
+        boxes = self.canonical.boxes or ()
+        return tuple(affine.apply_to_boxes(each) for affine, each in zip(self.affines, boxes, strict=True))
+
+    def to_canonical(self, xy_m: Float[Tensor, "n p 2"], frame: int) -> Float[Tensor, "n p 2"]:
+        """Return where points of the student's frame were before augmentation, metres."""
+        matrix = self.affines[frame].matrix().inverse().to(xy_m)
+        return xy_m @ matrix[:2, :2].T + matrix[:2, 3]
+
+
+@dataclass(frozen=True)
+class DistillContext:
+    """What a loss may know when it is built.
+
+    Attributes:
+        student: the detector in training; a loss may call its head but must not keep its parameters.
+        teacher_shapes: per-sample shape of each cached map.
+    """
+
+    student: Detector
+    teacher_shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def grid(self) -> BEVGrid:
+        """The student's grid, equal to the cache's."""
+        return self.student.config.grid
+
+    def adapter(self, stage: str) -> nn.Module:
+        """Return a 1x1 convolution from the student's to the teacher's channels of ``bev_low`` or ``bev_high``."""
+        part: Any = self.student.encoder if stage == "bev_low" else self.student.bev_encoder
+        return nn.Conv2d(part.out_channels, self.teacher_shapes[stage][0], 1)
+
+
+class DistillLoss(Protocol):
+    """A loss; also an ``nn.Module`` when it has adapters to train, which are dropped at inference."""
+
+    def __call__(self, student: DetectorOutput, teacher: TeacherBatch, batch: Batch) -> dict[str, Tensor]:
+        """Return the weighted terms by name; their sum joins the detection loss."""
+        ...
+
+
+def sample_at(
+    maps: Float[Tensor, "B C Y X"], points: Sequence[Float[Tensor, "n p 2"]], grid: BEVGrid, swap_xy: bool = False
+) -> Float[Tensor, "m p C"]:
+    """Return map values bilinearly sampled at points in metres, all frames' points one after the other.
+
+    Zeros outside the map, ``align_corners=False``. ``swap_xy`` reads x as row and y as column, the defect of
+    UniDistill's released code, kept for numerical comparison with it.
+    """
+    sampled = []
+    for feature, xy_m in zip(maps, points, strict=True):
+        position = grid.to_sampling(xy_m)
+        if swap_xy:
+            position = position.flip(-1)
+        values = nn.functional.grid_sample(feature[None].float(), position[None], align_corners=False)
+        sampled.append(values[0].permute(1, 2, 0))
+    return torch.cat(sampled)

@@ -1,0 +1,101 @@
+"""LiDAR encoder: the sparse voxel network of CenterPoint (methods.md 5.1), at any size."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from bevkd.config import PluginConfig
+from bevkd.data.collate import Batch
+from bevkd.data.source import Sensor
+from bevkd.errors import ConfigError
+from bevkd.grid import BEVGrid
+from bevkd.models.sparse import ResidualBlock, down_conv, sparse_tensor, sub_m_block
+from bevkd.models.voxelize import voxelize
+
+SENSORS: frozenset[Sensor] = frozenset({"lidar"})
+
+
+class Config(PluginConfig):
+    """Attributes:
+    voxel_m: edges along x, y, z; the grid's cell is the x and y edge times the network's stride.
+    channels: width of each stage; every stage after the first halves the resolution.
+    blocks: residual blocks per stage.
+    out_channels: width of the last convolution, which halves the height; ``bev_low`` has these times the
+        remaining height slices.
+    max_points: points of a voxel that count.
+    """
+
+    name: Literal["voxel"] = "voxel"
+    voxel_m: tuple[float, float, float] = (0.075, 0.075, 0.2)
+    channels: tuple[int, ...] = (16, 32, 64, 128)
+    blocks: int = 2
+    out_channels: int = 128
+    max_points: int = Field(10, ge=1)
+
+
+class VoxelEncoder(nn.Module):
+    """Points to ``bev_low``: voxel means, sparse residual stages, height folded into channels.
+
+    The full nuScenes size (0.075 m, 41 x 1440 x 1440) gives 256 x 180 x 180.
+    """
+
+    def __init__(self, config: Config, grid: BEVGrid) -> None:
+        super().__init__()
+        self.config = config
+        stride = 2 ** (len(config.channels) - 1)
+        for axis, edge in zip("xy", config.voxel_m, strict=False):
+            if abs(edge * stride - grid.cell_m) > 1e-6:
+                raise ConfigError(
+                    f"model.encoder.voxel_m: {axis} edge {edge} m times stride {stride} is {edge * stride:g} m, but "
+                    f"the grid's cell is {grid.cell_m} m. Set grid.cell_m: {edge * stride:g} or change voxel_m."
+                )
+        rows, columns = grid.shape
+        # One slice more than the range holds, as in det3d: strided convolutions then fit evenly.
+        height = round((grid.z_m[1] - grid.z_m[0]) / config.voxel_m[2]) + 1
+        self.shape = (height, rows * stride, columns * stride)
+        self.low_m = (grid.x_m[0], grid.y_m[0], grid.z_m[0])
+        widths = config.channels
+        self.conv_input = sub_m_block(5, widths[0], "sub_m1")
+        self.stages = nn.ModuleList([_residuals(widths[0], config.blocks, "res1")])
+        for level, (previous, width) in enumerate(zip(widths, widths[1:], strict=False), start=2):
+            # The last stage does not pad in z (41, 21, 11, 5 slices at full size).
+            pad_z = 0 if level == len(widths) else 1
+            down = down_conv(previous, width, f"spconv{level}", padding=(pad_z, 1, 1))
+            self.stages.append(nn.Sequential(down, *_residuals(width, config.blocks, f"res{level}")))
+            height = (height + 2 * pad_z - 3) // 2 + 1
+        self.conv_out = down_conv(widths[-1], config.out_channels, "spconv_out", (3, 1, 1), (2, 1, 1), (0, 0, 0))
+        height = (height - 3) // 2 + 1
+        if height < 1:
+            raise ConfigError(
+                f"model.encoder: {self.shape[0]} voxels of {config.voxel_m[2]} m are too few in height for "
+                f"{len(widths)} stages. Use a smaller z edge in voxel_m or fewer channels entries."
+            )
+        self.out_channels = config.out_channels * height
+
+    def forward(self, batch: Batch) -> Float[Tensor, "B C Y X"]:
+        """Return ``bev_low`` of the batch's points; channel = feature * slices + slice."""
+        if batch.points is None or batch.point_frame is None:
+            raise ValueError("the voxel encoder needs points in the batch")
+        # Sparse convolutions stay in float32: half precision costs accuracy here and saves little.
+        with torch.autocast(batch.points.device.type, enabled=False):
+            features, indices = voxelize(
+                batch.points, batch.point_frame, self.low_m, self.config.voxel_m, self.shape, self.config.max_points
+            )
+            sparse = self.conv_input(sparse_tensor(features, indices, self.shape, len(batch)))
+            for stage in self.stages:
+                sparse = stage(sparse)
+            return self.conv_out(sparse).dense().flatten(1, 2)  # type: ignore[no-any-return]
+
+
+def _residuals(channels: int, count: int, key: str) -> nn.Sequential:
+    return nn.Sequential(*(ResidualBlock(channels, key) for _ in range(count)))
+
+
+def build(config: Config, grid: BEVGrid) -> VoxelEncoder:
+    """Return the encoder for ``grid``."""
+    return VoxelEncoder(config, grid)

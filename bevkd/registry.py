@@ -1,0 +1,39 @@
+"""Plug-ins: the folder is the registry.
+
+A plug-in named ``foo`` of a package is the module ``foo`` in it, with a pydantic ``Config`` and a function ``build``.
+Other distributions add plug-ins with an entry point in the group named after the package, e.g.
+``[project.entry-points."bevkd.distill"] mine = "my_package.mine"``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import pkgutil
+from types import ModuleType
+
+from bevkd.errors import RegistryError
+
+
+def names(package: str) -> list[str]:
+    """Return the names of all plug-ins of ``package`` without importing any of them."""
+    own = [module.name for module in pkgutil.iter_modules(importlib.import_module(package).__path__)]
+    foreign = [point.name for point in importlib.metadata.entry_points(group=package)]
+    return sorted({name for name in [*own, *foreign] if not name.startswith("_") and name != "base"})
+
+
+def load(package: str, name: str) -> ModuleType:
+    """Return the module of plug-in ``name`` in ``package``.
+
+    Raises:
+        RegistryError: no such plug-in, or the module has no ``Config`` or no ``build``.
+    """
+    points = {point.name: point.value for point in importlib.metadata.entry_points(group=package)}
+    known = names(package)
+    if name not in known:
+        raise RegistryError(f"unknown plug-in '{name}' of {package}. Known: {', '.join(known)}.")
+    module = importlib.import_module(points.get(name, f"{package}.{name}"))
+    missing = [part for part in ("Config", "build") if not hasattr(module, part)]
+    if missing:
+        raise RegistryError(f"plug-in '{name}' of {package} ({module.__name__}) has no {' and no '.join(missing)}.")
+    return module

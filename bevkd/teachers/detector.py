@@ -1,0 +1,115 @@
+"""A bevkd detector as teacher."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+from pydantic import model_validator
+
+from bevkd.cache.manifest import TeacherIdentity
+from bevkd.config import PluginConfig, parse, read_yaml
+from bevkd.data.collate import Batch
+from bevkd.data.join import View
+from bevkd.errors import ContractError
+from bevkd.models.detector import Detector, DetectorConfig, view_of
+from bevkd.teachers.base import Teacher
+from bevkd.models.weights import load_weights
+from bevkd.types import Signals
+
+
+class Config(PluginConfig):
+    """A trained run, or a detector with random weights.
+
+    Attributes:
+        run: folder of a ``train-teacher`` run.
+        detector: an untrained detector instead, e.g. to time a cache or to test a pipeline.
+        seed: of the untrained weights.
+    """
+
+    name: Literal["detector"] = "detector"
+    run: Path | None = None
+    detector: DetectorConfig | None = None
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.run is None) == (self.detector is None):
+            raise ValueError("give either 'run' (a folder of train-teacher) or 'detector' (random weights), not both")
+        return self
+
+
+class DetectorTeacher:
+    """Runs a detector in eval mode and hands out every map."""
+
+    def __init__(self, detector: Detector, identity: TeacherIdentity, device: torch.device) -> None:
+        self.identity, self.classes = identity, detector.classes
+        self.grid, self.view = detector.config.grid, view_of(detector.config)
+        self._detector = detector.to(device).eval()
+        self._device = device
+        rows_columns = self.grid.shape
+        tasks = len(detector.head.tasks)
+        self.shapes = {
+            "bev_low": (detector.encoder.out_channels, *rows_columns),
+            "bev_high": (detector.bev_encoder.out_channels, *rows_columns),
+            "heatmap": (len(self.classes), *rows_columns),
+            "box_code": (tasks, 10, *rows_columns),
+        }
+
+    @torch.inference_mode()
+    def infer(self, batch: Batch) -> Signals:
+        """Return all signals of a batch, on the teacher's device."""
+        output = self._detector(batch.to(self._device))
+        return Signals(
+            bev_low=output.bev_low,
+            bev_high=output.bev_high,
+            heatmap=output.head.heatmap,
+            box_code=output.head.box_code,
+            boxes=tuple(self._detector.head.decode(output.head)),
+        )
+
+
+def build(config: Config, classes: tuple[str, ...], device: torch.device) -> Teacher:
+    """Return the teacher for a data set's classes.
+
+    Raises:
+        ContractError: the run was trained on other classes.
+        CheckpointError: the run's weights are missing or do not fit.
+    """
+    detector_config = _trained(config.run, classes) if config.run else config.detector
+    assert detector_config is not None  # the config's validator sees to it
+    torch.manual_seed(config.seed)
+    detector = Detector(detector_config, classes)
+    if config.run:
+        load_weights(config.run / "model.safetensors", detector)
+    identity = TeacherIdentity(
+        name=config.name,
+        architecture=detector_config.model_dump(mode="json"),
+        weights_sha256=_weights_digest(detector),
+        preprocessing={"sensors": sorted(detector_config.sensors), "augmentation": None},
+        origin="trained" if config.run else f"random, seed {config.seed}",
+    )
+    return DetectorTeacher(detector, identity, device)
+
+
+def _trained(run: Path, classes: Sequence[str]) -> DetectorConfig:
+    recipe = read_yaml(run / "recipe.yaml")
+    trained_on = recipe.get("data", {}).get("classes", [])
+    if list(trained_on) != list(classes):
+        raise ContractError(
+            f"the teacher in {run} was trained on the classes {', '.join(trained_on)}, this recipe has "
+            f"{', '.join(classes)}. Set data.classes to the teacher's list, in its order."
+        )
+    return parse(DetectorConfig, recipe["detector"], str(run / "recipe.yaml"))
+
+
+def _weights_digest(detector: Detector) -> str:
+    """Return the SHA-256 over names, shapes and bytes of all weights, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(detector.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

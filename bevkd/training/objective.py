@@ -1,0 +1,46 @@
+"""What a training step minimises: detection on labelled frames plus distillation terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from bevkd.cache.reader import CacheReader
+from bevkd.data.collate import Batch
+from bevkd.distill.base import DistillLoss, TeacherBatch
+from bevkd.models.detector import Detector
+
+
+class Objective(nn.Module):
+    """Detector and distillation losses as one module, so that one wrapper serves both in multi-process training.
+
+    Args:
+        losses: per entry its label in the log, the cache that it reads and the loss.
+        caches: readers by cache name; only their specs are used here.
+    """
+
+    def __init__(
+        self, detector: Detector, losses: list[tuple[str, str, DistillLoss]], caches: Mapping[str, CacheReader]
+    ) -> None:
+        super().__init__()
+        self.detector = detector
+        self.losses = losses
+        self.adapters = nn.ModuleList(loss for _, _, loss in losses if isinstance(loss, nn.Module))
+        self._specs = {name: reader.manifest.spec for name, reader in caches.items()}
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return every weighted term by name; the loss is their sum."""
+        output = self.detector(batch)
+        head = self.detector.head
+        detection = head.loss(output.head, head.targets(batch.boxes), batch.labelled)
+        terms = {f"detection/{name}": value for name, value in detection.items()}
+        teachers = {
+            name: TeacherBatch.decode(self._specs[name], arrays, batch.affines, self.detector.config.grid)
+            for name, arrays in (batch.stored or {}).items()
+        }
+        for label, cache, loss in self.losses:
+            with torch.autocast(output.bev_low.device.type, enabled=False):
+                terms |= {f"{label}/{name}": value for name, value in loss(output, teachers[cache], batch).items()}
+        return terms

@@ -1,0 +1,151 @@
+"""The data that flows through bevkd: frozen dataclasses of tensors.
+
+Shape letters: B batch, N cameras, P points, n boxes, K classes, T tasks, C channels, Y rows, X columns,
+H and W image height and width. Boxes live in the BEV frame (the key frame's LiDAR frame).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+BOX_FIELDS = ("x", "y", "z", "length", "width", "height", "yaw", "vx", "vy")
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Boxes of one frame.
+
+    Attributes:
+        values: gravity centre (x, y, z) m, size (length, width, height) m, yaw counter-clockwise from +x in rad,
+            velocity (vx, vy) m/s, NaN where unknown.
+        labels: class indices in the order of the data set's classes.
+        scores: confidence in [0, 1]; ones for annotations.
+    """
+
+    values: Float[Tensor, "n 9"]
+    labels: Int[Tensor, "n"]
+    scores: Float[Tensor, "n"]
+
+    @classmethod
+    def empty(cls) -> Self:
+        """Return zero boxes."""
+        return cls(torch.zeros(0, 9), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+
+    @classmethod
+    def unpack(cls, packed: Float[Tensor, "n 11"]) -> Self:
+        """Return boxes from their ``n x 11`` form; the inverse of :meth:`pack`."""
+        return cls(packed[:, :9].float(), packed[:, 10].round().long(), packed[:, 9].float())
+
+    def pack(self) -> Float[Tensor, "n 11"]:
+        """Return the ``boxes`` signal: centre 3, size 3, yaw, velocity 2, score, label."""
+        return torch.cat([self.values, self.scores[:, None], self.labels[:, None].to(self.values)], dim=1)
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    def __getitem__(self, index: Tensor | slice) -> Boxes:
+        return Boxes(self.values[index], self.labels[index], self.scores[index])
+
+    def to(self, device: torch.device | str) -> Boxes:
+        """Return the boxes on ``device``."""
+        return Boxes(self.values.to(device), self.labels.to(device), self.scores.to(device))
+
+    @property
+    def center(self) -> Float[Tensor, "n 3"]:
+        """Gravity centre in metres."""
+        return self.values[:, 0:3]
+
+    @property
+    def size(self) -> Float[Tensor, "n 3"]:
+        """Length, width, height in metres."""
+        return self.values[:, 3:6]
+
+    @property
+    def yaw(self) -> Float[Tensor, "n"]:
+        """Heading in radians, counter-clockwise from +x."""
+        return self.values[:, 6]
+
+    @property
+    def velocity(self) -> Float[Tensor, "n 2"]:
+        """Velocity in m/s in the BEV frame; NaN where unknown."""
+        return self.values[:, 7:9]
+
+
+@dataclass(frozen=True)
+class Rig:
+    """Cameras with calibration.
+
+    Attributes:
+        names: camera names, in the order of the other fields.
+        intrinsics: pixels of the images as they are held beside this rig, after any resize and crop.
+        lidar_from_camera: camera frame (x right, y down, z forward) to BEV frame, metres, through the ego poses of
+            both timestamps.
+    """
+
+    names: tuple[str, ...]
+    intrinsics: Float[Tensor, "N 3 3"]
+    lidar_from_camera: Float[Tensor, "N 4 4"]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One key frame as its source gives it; a sensor that was not asked for is None.
+
+    Attributes:
+        token: the sample token, the key of every cache.
+        points: x, y, z (BEV frame, m), intensity (0-255), time lag (s, >= 0, older sweeps are larger).
+        images: RGB.
+        radar: x, y, z (BEV frame, m), radial velocity compensated for ego motion (vx, vy, m/s, BEV frame),
+            radar cross section (dBsm), time lag (s).
+        boxes: annotations; None means unlabelled, no boxes means labelled and empty.
+    """
+
+    token: str
+    timestamp_us: int
+    points: Float[Tensor, "P 5"] | None = None
+    images: UInt8[Tensor, "N 3 H W"] | None = None
+    rig: Rig | None = None
+    radar: Float[Tensor, "R 7"] | None = None
+    boxes: Boxes | None = None
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a teacher knows about B frames (design.md section 4); absent signals are None.
+
+    Attributes:
+        bev_low: encoder output.
+        bev_high: BEV encoder output.
+        heatmap: class logits of all tasks in the class order of the data set.
+        box_code: per task offset 2, z 1, log size 3, (sin, cos) 2, velocity 2.
+        boxes: decoded boxes per frame.
+        valid: cells that a warp filled from inside the teacher's map; None means all of them.
+    """
+
+    bev_low: Float[Tensor, "B C Y X"] | None = None
+    bev_high: Float[Tensor, "B C Y X"] | None = None
+    heatmap: Float[Tensor, "B K Y X"] | None = None
+    box_code: Float[Tensor, "B T 10 Y X"] | None = None
+    boxes: tuple[Boxes, ...] | None = None
+    valid: Bool[Tensor, "B 1 Y X"] | None = None
+
+    def need(self, name: str) -> Tensor:
+        """Return the map ``name``, which the contract check has promised."""
+        value = getattr(self, name)
+        if not isinstance(value, Tensor):
+            raise KeyError(f"signal '{name}' is not in this batch")
+        return value
+
+    def replace(self, **changes: object) -> Signals:
+        """Return a copy with some signals replaced."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+SIGNALS = ("bev_low", "bev_high", "heatmap", "box_code", "boxes")
+"""Names of the signals that a detector teacher can write."""

@@ -1,0 +1,1 @@
+"""Cache specs shipped with bevkd: declarative YAML files only, looked up by ``bevkd.cache.spec.load_spec``."""

@@ -1,0 +1,360 @@
+"""The command line: parses, renders, and calls the pipeline. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from bevkd.errors import BevkdError
+
+if TYPE_CHECKING:
+    from bevkd.evaluation.nuscenes import Report
+
+app = typer.Typer(
+    name="bevkd",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Offline knowledge distillation for bird's-eye-view 3D object detection.\n\n"
+    "[bold]1.[/bold] cache-teacher runs a heavy teacher once and stores what it knows. "
+    "[bold]2.[/bold] train-student trains a light student from that store, with no teacher in memory.",
+)
+cache_app = typer.Typer(no_args_is_help=True, help="Look at and check caches.")
+app.add_typer(cache_app, name="cache")
+
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a value of the recipe.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else.")]
+Recipe = Annotated[str, typer.Argument(help="Path of a recipe, or the name of one that ships with bevkd.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")]
+
+_out = Console()
+_err = Console(stderr=True)
+
+
+class _Bars:
+    """Progress on stderr: a live bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+
+    @contextlib.contextmanager
+    def task(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[_Bar]:
+        """Show a task; see ``bevkd.progress.Progress``."""
+        bar = _Bar(name, total, unit, done, live=_err.is_terminal and not self._quiet, quiet=self._quiet)
+        try:
+            yield bar
+        finally:
+            bar.close()
+
+    def note(self, message: str) -> None:
+        """Show one line that stays."""
+        if not self._quiet:
+            _err.print(f"[dim]{escape(message)}[/dim]", highlight=False)
+
+
+class _Bar:
+    """One task: count, throughput, time left and the figures that the work reports."""
+
+    def __init__(self, name: str, total: int, unit: str, done: int, live: bool, quiet: bool) -> None:
+        self._name, self._total, self._unit, self._first, self._done = name, total, unit, done, done
+        self._started = self._shown = time.monotonic()
+        self._live, self._quiet, self._figures = live, quiet, ""
+        self._status = _err.status("") if live else None
+        if self._status:
+            self._status.start()
+        self._show()
+
+    def advance(self, steps: int = 1, **figures: float) -> None:
+        """Count steps and show figures; see ``bevkd.progress.Task``."""
+        self._done += steps
+        self._figures = "  ".join(
+            f"{name.replace('_', ' ')} {value:.0%}" if name == "data_wait" else f"{name} {value:.3g}"
+            for name, value in figures.items()
+        )
+        pause = 0.1 if self._live else 20.0
+        if time.monotonic() - self._shown >= pause:
+            self._show()
+
+    def close(self) -> None:
+        """Take the bar away and leave one line."""
+        if self._status:
+            self._status.stop()
+        if not self._quiet:
+            seconds = time.monotonic() - self._started
+            count = self._done - self._first
+            speed = f", {count / seconds:.1f} {self._unit}/s" if count and seconds > 0 else ""
+            _err.print(f"{self._name}: {self._done} of {self._total} {self._unit}s{speed}", highlight=False)
+
+    def _show(self) -> None:
+        self._shown = now = time.monotonic()
+        rate = (self._done - self._first) / max(now - self._started, 1e-9)
+        left = f"{(self._total - self._done) / rate:.0f} s left" if rate > 0 else "starting"
+        line = f"{self._name} {self._done}/{self._total} {self._unit}s  {rate:.1f}/s  {left}  {self._figures}"
+        if self._status:
+            self._status.update(escape(line))
+        elif not self._quiet and self._done > self._first:
+            _err.print(escape(line), highlight=False)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+def _print_report(report: Report) -> None:
+    from bevkd.evaluation.tables import report_table
+
+    _out.print(report_table(report))
+
+
+def _caches(values: list[str] | None) -> dict[str, str]:
+    caches = {}
+    for value in values or []:
+        name, equals, uri = value.partition("=")
+        if not equals or not name or not uri:
+            raise typer.BadParameter(f"'{value}' is not of the form NAME=URI", param_hint="--cache")
+        caches[name] = uri
+    return caches
+
+
+@app.command()
+def world(
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    preset: Annotated[str, typer.Option(help="tiny, demo, bench or hills.")] = "demo",
+    scenes: Annotated[int | None, typer.Option(min=2, help="Number of scenes, a quarter of them for validation.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed is another world.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Write a small driving world in nuScenes format."""
+    from pipeline.world import make_world
+
+    summary = make_world(out, preset, scenes, seed, _Bars(as_json))
+    if as_json:
+        _print_json(asdict(summary))
+    else:
+        _out.print(f"{summary.frames} key frames in {summary.scenes} scenes at {summary.root}", highlight=False)
+
+
+@app.command()
+def cache_teacher(
+    recipe: Recipe,
+    out: Annotated[str, typer.Option(metavar="URI", help="Where the cache goes.")],
+    overrides: Set = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Cache only the first frames.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a teacher once and store what it knows; run again to finish an interrupted cache."""
+    from pipeline.cache_teacher import cache_teacher as story
+    from pipeline.recipe import load_cache
+
+    summary = story(load_cache(recipe, overrides or []), out, limit, _Bars(as_json))
+    if as_json:
+        _print_json(asdict(summary))
+        return
+    _out.print(
+        f"{summary.frames} frames in {summary.path}, {summary.written} written now, "
+        f"{summary.bytes_per_frame / 1e3:.1f} kB per frame\nname {summary.name}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def train_teacher(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    overrides: Set = None,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Train a detector from annotations alone."""
+    from pipeline.recipe import load_train
+    from pipeline.train_teacher import train_teacher as story
+
+    summary = story(load_train(recipe, overrides or []), out, resume, _Bars(as_json))
+    _show_run(summary, as_json)
+
+
+@app.command()
+def train_student(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    cache: Annotated[list[str] | None, typer.Option(metavar="NAME=URI", help="A cache that the losses read.")] = None,
+    overrides: Set = None,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Train a student from caches, with no teacher in memory."""
+    from pipeline.recipe import load_student
+    from pipeline.train_student import train_student as story
+    from pipeline.train_student import with_caches
+
+    caches = _caches(cache)
+    summary = story(with_caches(load_student(recipe, overrides or []), caches), out, resume, _Bars(as_json))
+    _show_run(summary, as_json)
+
+
+def _show_run(summary: Any, as_json: bool) -> None:
+    if as_json:
+        _print_json(summary.to_json())
+        return
+    if summary.report is not None:
+        _print_report(summary.report)
+    cost = summary.cost
+    _out.print(
+        f"{summary.run}: {cost.step_seconds:.3f} s per step, {cost.data_wait_fraction:.0%} of it waiting for data, "
+        f"peak memory {cost.peak_memory_bytes / 1e9:.2f} GB",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path | None, typer.Option(help="Folder of a finished run.")] = None,
+    cache: Annotated[str | None, typer.Option(metavar="URI", help="A cache that stores boxes.")] = None,
+    detections: Annotated[Path | None, typer.Option(help="A nuScenes result file.")] = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Score a run, a cache's boxes or a result file with the nuScenes metrics."""
+    if sum(value is not None for value in (run, cache, detections)) != 1:
+        raise typer.BadParameter("give exactly one of --run, --cache and --detections")
+    from pipeline import evaluate as story
+
+    if run is not None:
+        report = story.evaluate_run(run, overrides or [], _Bars(as_json))
+    elif cache is not None:
+        report = story.evaluate_cache(cache, overrides or [])
+    else:
+        assert detections is not None
+        report = story.evaluate_detections(detections, overrides or [])
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        _print_report(report)
+
+
+@cache_app.command("info")
+def cache_info(uri: Annotated[str, typer.Argument(metavar="URI")], as_json: Json = False) -> None:
+    """Say what a cache holds, who wrote it and from what."""
+    from pipeline.caches import info
+
+    summary = info(uri)
+    if as_json:
+        _print_json(summary)
+        return
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in summary.items():
+        table.add_row(f"[bold]{name}[/bold]", escape(value if isinstance(value, str) else json.dumps(value)))
+    _out.print(table)
+
+
+@cache_app.command("verify")
+def cache_verify(
+    uri: Annotated[str, typer.Argument(metavar="URI")],
+    deep: Annotated[bool, typer.Option("--deep", help="Decode every sample as well.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare every file of a cache with its checksum."""
+    from bevkd.cache.verify import verify
+    from bevkd.errors import CacheError, report
+
+    faults = verify(uri, deep)
+    if as_json:
+        _print_json({"uri": uri, "deep": deep, "faults": faults})
+        if faults:
+            raise typer.Exit(1)
+        return
+    if faults:
+        raise report(CacheError, f"{uri} is damaged:", faults)
+    _out.print(f"{uri} is whole", highlight=False, soft_wrap=True)
+
+
+@cache_app.command("show")
+def cache_show(
+    uri: Annotated[str, typer.Argument(metavar="URI")],
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("cache.png"),
+    token: Annotated[str | None, typer.Option(help="Sample token; the first frame by default.")] = None,
+    score: Annotated[float, typer.Option(min=0, max=1, help="Draw the teacher's boxes above it.")] = 0.3,
+    overrides: Set = None,
+) -> None:
+    """Draw a frame: cameras and BEV with boxes and points, and the teacher's maps."""
+    from pipeline.caches import show
+
+    show(uri, token, score, out, overrides or [])
+    _out.print(str(out), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check this machine's installation, and say how to mend it."""
+    from pipeline.doctor import examine
+
+    findings = examine()
+    if as_json:
+        _print_json([asdict(finding) for finding in findings])
+    else:
+        for finding in findings:
+            mark = "[green]ok[/green]  " if finding.ok else "[red]fix[/red] "
+            _out.print(f"{mark} [bold]{finding.name}[/bold]  {escape(finding.text)}", highlight=False, soft_wrap=True)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the world, runs and pictures.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Of the training runs.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Watch a camera student learn from a cached LiDAR teacher, on a generated world."""
+    from pipeline.demo import run_demo
+
+    result = run_demo(out, seed, _Bars(as_json))
+    if as_json:
+        _print_json(result.to_json())
+        return
+    from pipeline.demo import result_table
+
+    _out.print(result_table(result))
+    for line in result.notes:
+        _out.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def main() -> NoReturn:
+    """Run the command line: exit code 0 is ok, 1 failed, 2 wrong usage."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    try:
+        app(args=[argument for argument in arguments if argument != "--debug"])
+    except BevkdError as error:
+        if debug:
+            raise
+        _err.print(f"[bold red]{type(error).__name__}[/bold red]", highlight=False)
+        _err.print(escape(str(error)), highlight=False, soft_wrap=True)
+    except KeyboardInterrupt:
+        _err.print("stopped; run the same command again to go on", highlight=False)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if debug:
+            raise
+        _err.print(f"[bold red]a defect of bevkd:[/bold red] {escape(f'{type(error).__name__}: {error}')}")
+        _err.print("Run again with --debug for the traceback, and report it.", highlight=False)
+    raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Metrics of a run, of the boxes in a cache, or of a detections file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from bevkd.cache.reader import CacheReader
+from bevkd.config import apply_overrides, parse, read_yaml
+from bevkd.data.source import FrameSource
+from bevkd.errors import ConfigError
+from bevkd.evaluation.nuscenes import Report, evaluate, load_detections, to_results
+from bevkd.evaluation.predict import predict
+from bevkd.models.detector import Detector
+from bevkd.models.weights import load_weights
+from bevkd.progress import Progress
+from bevkd.training.checkpoint import write_atomic
+from pipeline.parts import check_files, choose_device, contract, open_source
+from pipeline.recipe import EvaluateRecipe, EvaluationConfig, StudentRecipe
+
+
+def evaluate_detector(detector: Detector, config: EvaluationConfig, run: Path, progress: Progress) -> Report:
+    """Predict on the evaluation frames, keep the detections in the run folder, and return their metrics."""
+    sensors = detector.config.sensors
+    source = open_source(config.data, sensors)
+    check_files(source, source.tokens, sensors)
+    found = predict(detector, source, source.tokens, progress, config.batch_size)
+    write_atomic(run / "detections.json", json.dumps(to_results(source, found)).encode())
+    return evaluate(source, found)
+
+
+def evaluate_run(run: Path, overrides: Sequence[str], progress: Progress) -> Report:
+    """Return the metrics of a finished run; ``overrides`` change its recipe, e.g. the frames."""
+    path = run / "recipe.yaml"
+    recipe = parse(StudentRecipe, apply_overrides(read_yaml(path), overrides), str(path))
+    if recipe.evaluation is None:
+        raise ConfigError(f"the recipe of {run} has no 'evaluation'. Add --set evaluation.data='{{name: ..., ...}}'.")
+    detector = Detector(recipe.detector, tuple(recipe.data.classes)).to(choose_device(recipe.device))
+    load_weights(run / "model.safetensors", detector)
+    return evaluate_detector(detector, recipe.evaluation, run, progress)
+
+
+def evaluate_cache(uri: str, overrides: Sequence[str]) -> Report:
+    """Return the metrics of the teacher's boxes in a cache, on the frames of the cache.
+
+    ``overrides`` complete the recorded data config, which does not say where the data set lies.
+    """
+    reader = CacheReader.open(uri)
+    recorded = {"data": {**reader.manifest.config["data"], "tokens": list(reader.tokens)}}  # type: ignore[dict-item]
+    source = _source(recorded, overrides, f"the data config recorded in {uri}")
+    contract(f"{uri} cannot be scored:", reader.require(("boxes",), reader.manifest.grid, (), source.classes, source.identity))
+    return evaluate(source, {token: reader.boxes(token) for token in reader.tokens})
+
+
+def evaluate_detections(path: Path, overrides: Sequence[str]) -> Report:
+    """Return the metrics of a nuScenes result file; ``overrides`` say which data set it belongs to."""
+    source = _source({"data": {"name": "nuscenes"}}, overrides, "--set")
+    return evaluate(source, load_detections(path, source))
+
+
+def _source(values: dict[str, object], overrides: Sequence[str], where: str) -> FrameSource:
+    recipe = parse(EvaluateRecipe, apply_overrides(values, overrides), where)
+    return open_source(recipe.data, frozenset())

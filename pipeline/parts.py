@@ -1,0 +1,99 @@
+"""Building the parts of a run from its recipe, and checking that they fit, before any work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from bevkd import registry
+from bevkd.cache.reader import CacheReader
+from bevkd.config import PluginConfig, StrictModel, read_yaml
+from bevkd.data.source import FrameSource, Sensor
+from bevkd.errors import ConfigError, ContractError, DataError, TrainingError, report
+from bevkd.training.checkpoint import write_atomic
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the device of a recipe; None takes a GPU if there is one.
+
+    Raises:
+        ConfigError: the device does not exist on this machine.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device '{name}' is not usable on this machine: {error}. Set device: cpu.") from error
+    return device
+
+
+def open_source(config: PluginConfig, sensors: frozenset[Sensor]) -> FrameSource:
+    """Return the data set of a recipe."""
+    source: FrameSource = registry.load("bevkd.data.sources", config.name).build(config, sensors)
+    return source
+
+
+def check_files(source: FrameSource, tokens: Sequence[str], sensors: frozenset[Sensor]) -> None:
+    """Refuse missing and damaged sensor files, all of them at once.
+
+    Raises:
+        DataError: names every file.
+    """
+    faults = source.check(tokens, sensors)
+    if faults:
+        shown = [*faults[:20], *([f"and {len(faults) - 20} more"] if len(faults) > 20 else [])]
+        advice = "Restore the files, or set data.skip_missing: true to leave their frames out."
+        raise report(DataError, f"{len(faults)} sensor file(s) cannot be used. {advice}", shown)
+
+
+def open_caches(uris: Mapping[str, str]) -> dict[str, CacheReader]:
+    """Return a reader for each cache, by name."""
+    return {name: CacheReader.open(uri) for name, uri in uris.items()}
+
+
+def prepare_run(run: Path, recipe: StrictModel, resume: bool) -> None:
+    """Create a run folder with the resolved recipe, or check that it belongs to this recipe.
+
+    Raises:
+        TrainingError: the folder holds another run, or one that was not asked to go on.
+    """
+    resolved = recipe.model_dump(mode="json")
+    path = run / "recipe.yaml"
+    if path.exists():
+        earlier = read_yaml(path)
+        different = [f"{key}: {old!r} there, {new!r} here" for key, old, new in _differences(earlier, resolved)]
+        if different:
+            raise report(TrainingError, f"{run} holds a run of another recipe; choose another --out:", different[:12])
+        if not resume:
+            raise TrainingError(f"{run} holds a run of this recipe. Add --resume to go on, or choose another --out.")
+    elif run.exists() and any(run.iterdir()):
+        raise TrainingError(f"{run} is not empty and holds no run. Choose another --out.")
+    run.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, yaml.safe_dump(resolved, sort_keys=False).encode())
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted({*old, *new})
+        return [
+            found
+            for key in keys
+            for found in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+        ]
+    return [] if old == new else [(path, old, new)]
+
+
+def contract(headline: str, faults: Sequence[str]) -> None:
+    """Raise all faults of a contract at once, if there are any.
+
+    Raises:
+        ContractError: lists ``faults``.
+    """
+    if faults:
+        raise report(ContractError, headline, faults)

@@ -1,0 +1,118 @@
+"""Recipes: one complete YAML file per run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from bevkd import config
+from bevkd.config import StrictModel, plugin
+from bevkd.data.augment import AugmentConfig
+from bevkd.errors import ConfigError
+from bevkd.models.detector import DetectorConfig
+from bevkd.training.config import TrainingConfig
+
+Source = plugin("bevkd.data.sources")
+
+
+class EvaluationConfig(StrictModel):
+    """Attributes:
+    data: frames to evaluate on; they always have all their labels.
+    """
+
+    data: Source  # type: ignore[valid-type]
+    batch_size: int = Field(4, gt=0)
+
+
+class TrainRecipe(StrictModel):
+    """Of ``train-teacher``, and the common part of ``train-student``.
+
+    Attributes:
+        data: frames to train on; ``data.labels`` hides the labels of the others.
+        evaluation: None skips the evaluation at the end.
+        device: e.g. ``cpu`` or ``cuda``; None takes a GPU if there is one.
+    """
+
+    data: Source  # type: ignore[valid-type]
+    evaluation: EvaluationConfig | None = None
+    detector: DetectorConfig
+    augment: AugmentConfig = AugmentConfig()
+    training: TrainingConfig
+    device: str | None = None
+
+
+class DistillConfig(StrictModel):
+    """Attributes:
+    caches: URI of each cache, by the name that losses call it.
+    losses: plug-ins of ``bevkd.distill``.
+    frames: ``all`` trains on every frame of the caches, labelled or not; ``labelled`` on labelled ones only.
+    """
+
+    caches: dict[str, str]
+    losses: tuple[plugin("bevkd.distill"), ...] = ()  # type: ignore[valid-type]
+    frames: Literal["all", "labelled"] = "all"
+
+
+class StudentRecipe(TrainRecipe):
+    """Of ``train-student``; without ``distill`` it is a plain run."""
+
+    distill: DistillConfig | None = None
+
+
+class CacheRecipe(StrictModel):
+    """Of ``cache-teacher``.
+
+    Attributes:
+        teacher: a plug-in of ``bevkd.teachers``.
+        spec: name of a file in ``cache_specs/`` or the path of one.
+        licence: what users of the cache must know, e.g. the licence of data and weights.
+    """
+
+    data: Source  # type: ignore[valid-type]
+    teacher: plugin("bevkd.teachers")  # type: ignore[valid-type]
+    spec: str
+    batch_size: int = Field(1, gt=0)
+    workers: int = Field(2, ge=0)
+    licence: str = ""
+    device: str | None = None
+
+
+class EvaluateRecipe(StrictModel):
+    """Of ``evaluate``: which frames a cache's or a file's boxes are compared with."""
+
+    data: Source  # type: ignore[valid-type]
+
+
+def find(recipe: str) -> Path:
+    """Return the path of a recipe given as a path or as the name of one that ships with bevkd.
+
+    Raises:
+        ConfigError: neither exists.
+    """
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        return path
+    folder = Path(str(resources.files("pipeline"))) / "recipes"
+    shipped = sorted(file.stem for file in folder.glob("*.yaml"))
+    if recipe not in shipped:
+        raise ConfigError(f"no recipe '{recipe}'. Give the path of a .yaml file, or one of: {', '.join(shipped)}.")
+    return folder / f"{recipe}.yaml"
+
+
+def load_train(recipe: str, overrides: Sequence[str]) -> TrainRecipe:
+    """Return a ``train-teacher`` recipe with overrides applied."""
+    return config.load(TrainRecipe, find(recipe), overrides)
+
+
+def load_student(recipe: str, overrides: Sequence[str]) -> StudentRecipe:
+    """Return a ``train-student`` recipe with overrides applied."""
+    return config.load(StudentRecipe, find(recipe), overrides)
+
+
+def load_cache(recipe: str, overrides: Sequence[str]) -> CacheRecipe:
+    """Return a ``cache-teacher`` recipe with overrides applied."""
+    return config.load(CacheRecipe, find(recipe), overrides)

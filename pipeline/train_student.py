@@ -1,0 +1,79 @@
+"""Stage 2: train a student from caches, with no teacher in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from bevkd import registry
+from bevkd.cache.reader import CacheReader
+from bevkd.data.source import FrameSource
+from bevkd.distill.base import DistillContext
+from bevkd.models.detector import Detector
+from bevkd.progress import Progress
+from pipeline.parts import contract, open_caches, open_source, prepare_run
+from pipeline.recipe import DistillConfig, StudentRecipe
+from pipeline.training import PLAIN, Distillation, RunSummary, seeded_detector, train
+
+
+def train_student(recipe: StudentRecipe, run: Path, resume: bool, progress: Progress) -> RunSummary:
+    """Train the student of ``recipe`` in the folder ``run`` and evaluate it.
+
+    Raises:
+        ContractError: caches, data set, model and losses do not fit together; lists every fault.
+    """
+    readers = open_caches(recipe.distill.caches) if recipe.distill else {}
+    source = open_source(recipe.data, recipe.detector.sensors)
+    if recipe.distill:
+        contract("this student cannot be distilled as asked:", _faults(recipe, recipe.distill, source, readers))
+    prepare_run(run, recipe, resume)
+    detector = seeded_detector(recipe)
+    distillation = _build(recipe.distill, detector, readers) if recipe.distill else PLAIN
+    return train(recipe, source, detector, distillation, run, progress)
+
+
+def _signals(distill: DistillConfig) -> dict[str, tuple[str, ...]]:
+    """Return the signals that the losses read from each cache."""
+    needed: dict[str, list[str]] = {}
+    for loss in distill.losses:
+        needed.setdefault(loss.teacher, []).extend(loss.signals())
+    return {cache: tuple(dict.fromkeys(signals)) for cache, signals in needed.items()}
+
+
+def _faults(
+    recipe: StudentRecipe, distill: DistillConfig, source: FrameSource, readers: Mapping[str, CacheReader]
+) -> list[str]:
+    """Return everything that does not fit, so that it can be mended in one go."""
+    faults = []
+    tokens = [token for token in source.tokens if distill.frames == "all" or token in source.labelled]
+    for cache, signals in _signals(distill).items():
+        if cache not in readers:
+            known = ", ".join(readers) or "none"
+            faults.append(f"a loss reads the cache '{cache}', given are: {known}. Add --cache {cache}=URI.")
+            continue
+        misfits = readers[cache].require(
+            signals, recipe.detector.grid, tokens, tuple(recipe.data.classes), source.identity
+        )
+        faults += [f"cache '{cache}': {fault}" for fault in misfits]
+    return faults
+
+
+def _build(distill: DistillConfig, detector: Detector, readers: Mapping[str, CacheReader]) -> Distillation:
+    """Return the losses, and per cache the signals that they read."""
+    losses = []
+    for loss in distill.losses:
+        shapes = readers[loss.teacher].manifest.sample_shapes
+        built = registry.load("bevkd.distill", loss.name).build(loss, DistillContext(detector, shapes))
+        losses.append((loss.name, loss.teacher, built))
+    caches = {cache: (readers[cache], signals) for cache, signals in _signals(distill).items()}
+    return Distillation(caches, losses, unlabelled=distill.frames == "all")
+
+
+def with_caches(recipe: StudentRecipe, caches: Mapping[str, str]) -> StudentRecipe:
+    """Return ``recipe`` with the URIs of ``--cache NAME=URI`` in place of its own."""
+    if not caches:
+        return recipe
+    distill = recipe.distill or DistillConfig(caches={})
+    return recipe.model_copy(
+        update={"distill": distill.model_copy(update={"caches": {**distill.caches, **caches}})}
+    )

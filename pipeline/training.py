@@ -1,0 +1,108 @@
+"""The story that teachers and students share: data, model, training, evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bevkd.cache.reader import CacheReader
+from bevkd.config import digest
+from bevkd.data.join import TrainingDataset
+from bevkd.data.sampler import FrameOrder
+from bevkd.data.source import FrameSource
+from bevkd.distill.base import DistillLoss
+from bevkd.errors import ContractError
+from bevkd.evaluation.nuscenes import Report
+from bevkd.models.detector import Detector, view_of
+from bevkd.progress import Progress
+from bevkd.training.checkpoint import write_atomic
+from bevkd.training.loop import Trainer, TrainingResult
+from bevkd.training.objective import Objective
+from pipeline.evaluate import evaluate_detector
+from pipeline.parts import check_files, choose_device
+from pipeline.recipe import TrainRecipe
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a training run cost and gave.
+
+    Attributes:
+        report: metrics of the final weights, if the recipe evaluates.
+    """
+
+    run: Path
+    cost: TrainingResult
+    report: Report | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the summary as plain values."""
+        return {
+            "run": str(self.run),
+            **asdict(self.cost),
+            "metrics": self.report.to_json() if self.report else None,
+        }
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What a distilled run adds: caches by name, and losses as (label, cache, loss)."""
+
+    caches: Mapping[str, tuple[CacheReader, tuple[str, ...]]]
+    losses: list[tuple[str, str, DistillLoss]]
+    unlabelled: bool
+
+
+PLAIN = Distillation({}, [], unlabelled=False)
+
+
+def train(
+    recipe: TrainRecipe, source: FrameSource, detector: Detector, distillation: Distillation, run: Path, progress: Progress
+) -> RunSummary:
+    """Train ``detector`` in ``run``, going on from its newest checkpoint if there is one, and evaluate it."""
+    labelled = [token for token in source.tokens if token in source.labelled]
+    unlabelled = [token for token in source.tokens if token not in source.labelled] if distillation.unlabelled else []
+    if not labelled and not unlabelled:
+        raise ContractError("no frame to train on: none has labels. Raise data.labels, or distil on all frames.")
+    view = view_of(detector.config)
+    check_files(source, [*labelled, *unlabelled], view.sensors)
+    dataset = TrainingDataset(
+        source,
+        view,
+        FrameOrder(labelled, unlabelled, recipe.training.labelled_share, recipe.training.seed),
+        recipe.augment,
+        distillation.caches,
+        recipe.training.seed,
+    )
+    device = choose_device(recipe.device)
+    readers = {name: reader for name, (reader, _) in distillation.caches.items()}
+    objective = Objective(detector, distillation.losses, readers)
+    metadata = {
+        "recipe": digest(recipe),
+        "classes": json.dumps(detector.classes),
+        "caches": json.dumps({name: reader.manifest.name for name, reader in readers.items()}),
+    }
+    trainer = Trainer(objective, recipe.training, run, device.type, metadata)
+    step = trainer.resume()
+    known = f"{len(labelled)} labelled" + (f" and {len(unlabelled)} unlabelled" if unlabelled else "")
+    progress.note(f"{known} frames" + (f", resuming at step {step}" if step else ""))
+    cost = trainer.train(dataset, progress)
+
+    report = None
+    if recipe.evaluation is not None and trainer.accelerator.is_main_process:
+        detector.load_state_dict(trainer.final_weights())
+        report = evaluate_detector(detector, recipe.evaluation, run, progress)
+    summary = RunSummary(run, cost, report)
+    write_atomic(run / "result.json", json.dumps(summary.to_json(), indent=1).encode())
+    return summary
+
+
+def seeded_detector(recipe: TrainRecipe) -> Detector:
+    """Return the recipe's detector with weights drawn from its seed alone."""
+    torch.manual_seed(recipe.training.seed)
+    return Detector(recipe.detector, tuple(recipe.data.classes))

@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from bevkd.cache import encoding
+from bevkd.cache.encoding import Encoded, arrays_for, decode, encode
+from bevkd.cache.spec import SignalSpec
+from bevkd.errors import CacheError
+from bevkd.types import Boxes
+
+SHAPE = (3, 4, 5)
+quick = settings(max_examples=60, deadline=None)
+
+
+def maps(low: float, high: float) -> st.SearchStrategy[Any]:
+    return hnp.arrays(np.float32, SHAPE, elements=st.floats(low, high, width=32))
+
+
+def loose(name: str) -> SignalSpec:
+    return SignalSpec.model_validate({"encoding": name, "max_error": 1})
+
+
+def decoded(signal: str, spec: SignalSpec, encoded: Encoded) -> Any:
+    return decode(signal, spec, {key: torch.from_numpy(value)[None] for key, value in encoded.arrays.items()})[0]
+
+
+def boxes(count: int, scores: list[float] | None = None) -> Boxes:
+    values = torch.arange(count * 9, dtype=torch.float32).reshape(count, 9)
+    return Boxes(values, torch.arange(count) % 3, torch.tensor(scores) if scores else torch.linspace(1, 0.1, count))
+
+
+@quick
+@given(maps(-(2.0**15), 2.0**15))
+def test_float16_rounds_to_half_precision(value: Any) -> None:
+    spec = loose("float16")
+    expected = value.astype(np.float16).astype(np.float32)
+    assert np.array_equal(decoded("bev_low", spec, encode("bev_low", spec, value, "t")).numpy(), expected)
+
+
+@quick
+@given(maps(0, 2.0**20))
+def test_uint8_is_within_half_a_level_or_one_where_it_saves_a_value_from_zero(value: Any) -> None:
+    spec = loose("uint8")
+    encoded = encode("bev_low", spec, value, "t")
+    restored = decoded("bev_low", spec, encoded).numpy()
+    scale = encoded.arrays["bev_low_scale"][:, None, None]
+    near = np.abs(restored - value) <= scale * 0.5001
+    assert (near | ((encoded.arrays["bev_low"] == 1) & (value < scale))).all()
+
+
+@quick
+@given(maps(-(2.0**20), 2.0**20))
+def test_int8_is_within_half_a_level_and_keeps_the_sign(value: Any) -> None:
+    spec = loose("int8")
+    encoded = encode("bev_high", spec, value, "t")
+    restored = decoded("bev_high", spec, encoded).numpy()
+    assert (np.abs(restored - value) <= encoded.arrays["bev_high_scale"][:, None, None] * 1.0001).all()
+    assert np.array_equal(np.sign(restored), np.sign(value))
+
+
+@quick
+@given(maps(0, 2.0**20), st.sampled_from(["uint8", "int8"]))
+def test_exactly_the_zeros_are_zero(value: Any, name: str) -> None:
+    spec = loose(name)
+    encoded = encode("bev_low", spec, value, "t")
+    assert np.array_equal(encoded.arrays["bev_low"] == 0, value == 0)
+    assert np.array_equal(decoded("bev_low", spec, encoded).numpy() == 0, value == 0)
+
+
+@quick
+@given(maps(-40, 40))
+def test_logit8_keeps_probabilities_within_one_percent(value: Any) -> None:
+    spec = SignalSpec(encoding="logit8")
+    restored = decoded("heatmap", spec, encode("heatmap", spec, value, "t"))
+    before = torch.from_numpy(value)
+    assert (restored.sigmoid() - before.sigmoid()).abs().max() <= 0.0103
+    seen = (before.sigmoid() >= 0.001) & (before <= encoding.LOGIT_LIMIT)
+    assert ((restored - before).abs()[seen] <= encoding.LOGIT_STEP * 0.5001).all()
+
+
+@quick
+@given(maps(-40, 40))
+def test_logit8_floors_exactly_the_probabilities_under_a_thousandth(value: Any) -> None:
+    stored = encode("heatmap", SignalSpec(encoding="logit8"), value, "t").arrays["heatmap"]
+    assert np.array_equal(stored == 0, value.astype(np.float64) < encoding.LOGIT_FLOOR)
+
+
+@quick
+@given(maps(-100, 100), st.sampled_from(["float16", "int8"]))
+def test_the_measured_error_is_the_error_of_what_is_read_back(value: Any, name: str) -> None:
+    encoded = encode("bev_low", loose(name), value, "t")
+    restored = decoded("bev_low", loose(name), encoded).double().numpy()
+    norm = np.linalg.norm(value.astype(np.float64))
+    if norm > 0:
+        assert encoded.error == pytest.approx(np.linalg.norm(restored - value) / norm, rel=1e-4, abs=1e-9)
+        assert encoded.cosine == pytest.approx(
+            float((restored * value).sum()) / norm / max(np.linalg.norm(restored), 1e-300), abs=1e-6
+        )
+
+
+@pytest.mark.parametrize(
+    ("signal", "name", "shape"),
+    [
+        ("bev_low", "uint8", (3, 4, 5)),
+        ("bev_high", "int8", (3, 4, 5)),
+        ("heatmap", "logit8", (3, 4, 5)),
+        ("box_code", "float16", (2, 10, 4, 5)),
+        ("box_code", "int8", (2, 10, 4, 5)),
+        ("boxes", "boxes", ()),
+    ],
+)
+def test_stored_arrays_are_the_declared_ones(signal: str, name: str, shape: tuple[int, ...]) -> None:
+    spec = SignalSpec.model_validate({"encoding": name})
+    value = boxes(2) if signal == "boxes" else torch.rand(shape)
+    stored = encode(signal, spec, value, "t").arrays
+    declared = {array.name: (array.shape, array.dtype) for array in arrays_for(signal, spec, shape)}
+    assert {key: (array.shape, array.dtype.name) for key, array in stored.items()} == declared
+    for array in arrays_for(signal, spec, shape):
+        assert len(array.dims) == len(array.shape)
+        assert array.nbytes == stored[array.name].nbytes
+
+
+@pytest.mark.parametrize("name", ["float16", "uint8", "int8"])
+def test_an_empty_map_is_exact(name: str) -> None:
+    encoded = encode("bev_low", loose(name), torch.zeros(SHAPE), "t")
+    assert encoded.error == 0
+    assert encoded.cosine == 1
+    assert not decoded("bev_low", loose(name), encoded).any()
+
+
+def test_torch_and_numpy_give_the_same_bytes() -> None:
+    value = torch.rand(SHAPE)
+    spec = SignalSpec(encoding="uint8")
+    for left, right in zip(
+        encode("bev_low", spec, value, "t").arrays.values(),
+        encode("bev_low", spec, value.numpy(), "t").arrays.values(),
+        strict=True,
+    ):
+        assert left.tobytes() == right.tobytes()
+
+
+def test_half_precision_and_strided_maps_with_gradients_are_taken() -> None:
+    value = torch.rand(4, 5, 3, dtype=torch.bfloat16, requires_grad=True).permute(2, 0, 1)
+    encoded = encode("bev_low", SignalSpec(encoding="float16"), value, "t")
+    assert np.array_equal(encoded.arrays["bev_low"], value.detach().float().numpy().astype(np.float16))
+
+
+def test_a_batch_decodes_like_its_samples() -> None:
+    spec = SignalSpec(encoding="int8")
+    encoded = [encode("bev_low", spec, torch.randn(SHAPE), "t") for _ in range(3)]
+    batch = {
+        key: torch.stack([torch.from_numpy(one.arrays[key]) for one in encoded]) for key in ("bev_low", "bev_low_scale")
+    }
+    together = decode("bev_low", spec, batch)
+    assert all(torch.equal(together[i], decoded("bev_low", spec, one)) for i, one in enumerate(encoded))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["float16", "uint8", "int8", "logit8"])
+def test_non_finite_values_are_refused(bad: float, name: str) -> None:
+    value = torch.ones(SHAPE)
+    value[1, 2, 3] = bad
+    with pytest.raises(CacheError, match="heatmap of sample 'tok-7' has 1 non-finite values"):
+        encode("heatmap", SignalSpec.model_validate({"encoding": name}), value, "tok-7")
+
+
+def test_negative_values_in_uint8_are_refused_with_the_way_out() -> None:
+    with pytest.raises(CacheError, match=r"'tok-7'.*negative.*Set signals\.bev_low\.encoding: int8"):
+        encode("bev_low", SignalSpec(encoding="uint8"), torch.full(SHAPE, -0.5), "tok-7")
+
+
+def test_an_error_beyond_the_limit_is_refused_with_the_way_out() -> None:
+    value = torch.full(SHAPE, 0.4)
+    value[:, 0, 0] = 100.0
+    with pytest.raises(CacheError, match=r"'tok-7'.*allowed are 0\.001.*Set signals\.bev_low\.encoding: float16"):
+        encode("bev_low", SignalSpec(encoding="uint8", max_error=0.001), value, "tok-7")
+
+
+@pytest.mark.parametrize("value", [1e6, 1e-9])
+def test_values_outside_of_half_precision_are_refused(value: float) -> None:
+    with pytest.raises(CacheError, match=r"float16 with an error of .* Raise signals\.bev_low\.max_error or rescale"):
+        encode("bev_low", SignalSpec(encoding="float16"), torch.full(SHAPE, value), "t")
+
+
+def test_a_map_for_boxes_and_boxes_for_a_map_are_refused() -> None:
+    with pytest.raises(CacheError, match="boxes of sample 't' is Tensor"):
+        encode("boxes", SignalSpec(encoding="boxes"), torch.zeros(SHAPE), "t")
+    with pytest.raises(CacheError, match="bev_low of sample 't' is Boxes"):
+        encode("bev_low", SignalSpec(encoding="uint8"), Boxes.empty(), "t")
+
+
+def test_boxes_come_back_exactly_with_unknown_velocities() -> None:
+    given_boxes = boxes(3)
+    given_boxes.values[1, 7:] = torch.nan
+    spec = SignalSpec(encoding="boxes")
+    restored = decoded("boxes", spec, encode("boxes", spec, given_boxes, "t"))
+    assert torch.equal(restored.values.nan_to_num(-1), given_boxes.values.nan_to_num(-1))
+    assert torch.equal(restored.labels, given_boxes.labels)
+    assert torch.equal(restored.scores, given_boxes.scores)
+
+
+def test_no_boxes_are_a_valid_sample() -> None:
+    spec = SignalSpec(encoding="boxes")
+    encoded = encode("boxes", spec, Boxes.empty(), "t")
+    assert encoded.arrays["boxes_count"] == 0
+    assert len(decoded("boxes", spec, encoded)) == 0
+
+
+def test_over_capacity_keeps_the_highest_scores_in_their_order() -> None:
+    spec = SignalSpec(encoding="boxes", capacity=3)
+    restored = decoded("boxes", spec, encode("boxes", spec, boxes(5, [0.2, 0.9, 0.5, 0.1, 0.7]), "t"))
+    assert restored.scores.tolist() == pytest.approx([0.9, 0.5, 0.7])
+
+
+def test_boxes_under_the_lowest_score_are_dropped() -> None:
+    spec = SignalSpec(encoding="boxes", min_score=0.3)
+    assert len(decoded("boxes", spec, encode("boxes", spec, boxes(4, [0.2, 0.9, 0.3, 0.1]), "t"))) == 2
+
+
+@pytest.mark.parametrize("column", [0, 3, 6])
+def test_non_finite_boxes_are_refused(column: int) -> None:
+    bad = boxes(3)
+    bad.values[1, column] = torch.nan
+    with pytest.raises(CacheError, match="boxes of sample 'tok-7': 1 boxes hold non-finite values, the first is box 1"):
+        encode("boxes", SignalSpec(encoding="boxes"), bad, "tok-7")
+
+
+def test_an_infinite_velocity_is_refused() -> None:
+    bad = boxes(3)
+    bad.values[1, 7] = torch.inf
+    with pytest.raises(CacheError, match="non-finite"):
+        encode("boxes", SignalSpec(encoding="boxes"), bad, "t")

@@ -1,0 +1,18 @@
+"""Fixtures that several test folders share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Return the folder of real nuScenes and KITTI samples; it may not be passed on, so it is not in the repository."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "real_data"
+    folder = Path(os.environ.get("BEVKD_REAL_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no real sensor data in {folder}; set BEVKD_REAL_DATA to run this test")
+    return folder
