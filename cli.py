@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from bevkd.errors import BevkdError
 
@@ -26,9 +27,9 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Offline knowledge distillation for bird's-eye-view 3D object detection.\n\n"
-    "[bold]1.[/bold] cache-teacher runs a heavy teacher once and stores what it knows. "
-    "[bold]2.[/bold] train-student trains a light student from that store, with no teacher in memory.",
+    help="Offline knowledge distillation for bird's-eye-view 3D object detection: cache-teacher runs a heavy teacher "
+    "once and stores what it knows, train-student trains a light student from that store, with no teacher in memory.",
+    epilog="Start with: bevkd demo. Every command takes --debug for the traceback of an error.",
 )
 cache_app = typer.Typer(no_args_is_help=True, help="Look at and check caches.")
 app.add_typer(cache_app, name="cache")
@@ -43,7 +44,7 @@ _err = Console(stderr=True)
 
 
 class _Bars:
-    """Progress on stderr: a live bar on a terminal, a line now and then elsewhere."""
+    """Progress on stderr: a live bar on a terminal, a line now and then elsewhere, nothing with ``--json``."""
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
@@ -51,60 +52,66 @@ class _Bars:
     @contextlib.contextmanager
     def task(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[_Bar]:
         """Show a task; see ``bevkd.progress.Progress``."""
-        bar = _Bar(name, total, unit, done, live=_err.is_terminal and not self._quiet, quiet=self._quiet)
-        try:
+        bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[figures]}[/dim]"),
+            console=_err,
+            transient=True,
+            disable=self._quiet or not _err.is_terminal,
+        )
+        with bars:
+            bar = _Bar(bars, bars.add_task(name, total=total, completed=done, speed="", figures=""), unit, self._quiet)
             yield bar
-        finally:
-            bar.close()
+        if not self._quiet:
+            _err.print(bar.summary(), highlight=False)
 
     def note(self, message: str) -> None:
         """Show one line that stays."""
         if not self._quiet:
-            _err.print(f"[dim]{escape(message)}[/dim]", highlight=False)
+            _err.print(f"[dim]{escape(message)}[/dim]", highlight=False, soft_wrap=True)
 
 
 class _Bar:
     """One task: count, throughput, time left and the figures that the work reports."""
 
-    def __init__(self, name: str, total: int, unit: str, done: int, live: bool, quiet: bool) -> None:
-        self._name, self._total, self._unit, self._first, self._done = name, total, unit, done, done
+    _PAUSE_S = 20.0
+
+    def __init__(self, bars: Progress, identity: TaskID, unit: str, quiet: bool) -> None:
+        self._bars, self._id, self._unit = bars, identity, unit
+        self._lines = bars.disable and not quiet
+        self._task = bars.tasks[0]
+        self._first = self._task.completed
         self._started = self._shown = time.monotonic()
-        self._live, self._quiet, self._figures = live, quiet, ""
-        self._status = _err.status("") if live else None
-        if self._status:
-            self._status.start()
-        self._show()
 
     def advance(self, steps: int = 1, **figures: float) -> None:
         """Count steps and show figures; see ``bevkd.progress.Task``."""
-        self._done += steps
-        self._figures = "  ".join(
-            f"{name.replace('_', ' ')} {value:.0%}" if name == "data_wait" else f"{name} {value:.3g}"
+        text = "  ".join(
+            f"{name.replace('_', ' ')} {value:.0%}" if name == "data_wait" else f"{name.replace('_', ' ')} {value:.3g}"
             for name, value in figures.items()
         )
-        pause = 0.1 if self._live else 20.0
-        if time.monotonic() - self._shown >= pause:
-            self._show()
+        self._bars.update(self._id, advance=steps, speed=self._speed(), figures=text)
+        if self._lines and time.monotonic() - self._shown >= self._PAUSE_S:
+            self._shown = time.monotonic()
+            left = (self._task.total or 0) - self._task.completed
+            rate = self._rate()
+            eta = f"{left / rate:.0f} s left" if rate else ""
+            _err.print(f"{self.summary()}  {eta}  {text}", highlight=False, soft_wrap=True)
 
-    def close(self) -> None:
-        """Take the bar away and leave one line."""
-        if self._status:
-            self._status.stop()
-        if not self._quiet:
-            seconds = time.monotonic() - self._started
-            count = self._done - self._first
-            speed = f", {count / seconds:.1f} {self._unit}/s" if count and seconds > 0 else ""
-            _err.print(f"{self._name}: {self._done} of {self._total} {self._unit}s{speed}", highlight=False)
+    def summary(self) -> str:
+        """Return count and throughput in one line."""
+        speed = f", {self._speed()}" if self._rate() else ""
+        return f"{self._task.description}: {self._task.completed:.0f} of {self._task.total:.0f} {self._unit}s{speed}"
 
-    def _show(self) -> None:
-        self._shown = now = time.monotonic()
-        rate = (self._done - self._first) / max(now - self._started, 1e-9)
-        left = f"{(self._total - self._done) / rate:.0f} s left" if rate > 0 else "starting"
-        line = f"{self._name} {self._done}/{self._total} {self._unit}s  {rate:.1f}/s  {left}  {self._figures}"
-        if self._status:
-            self._status.update(escape(line))
-        elif not self._quiet and self._done > self._first:
-            _err.print(escape(line), highlight=False)
+    def _rate(self) -> float:
+        done = self._task.completed - self._first
+        return done / max(time.monotonic() - self._started, 1e-9)
+
+    def _speed(self) -> str:
+        return f"{self._rate():.1f} {self._unit}/s"
 
 
 def _print_json(value: Any) -> None:

@@ -27,7 +27,7 @@ def evaluate_detector(detector: Detector, config: EvaluationConfig, run: Path, p
     check_files(source, source.tokens, sensors)
     found = predict(detector, source, source.tokens, progress, config.batch_size)
     write_atomic(run / "detections.json", json.dumps(to_results(source, found)).encode())
-    return evaluate(source, found)
+    return evaluate(source, found, max_distance_m=config.max_distance_m)
 
 
 def evaluate_run(run: Path, overrides: Sequence[str], progress: Progress) -> Report:
@@ -47,10 +47,21 @@ def evaluate_cache(uri: str, overrides: Sequence[str]) -> Report:
     ``overrides`` complete the recorded data config, which does not say where the data set lies.
     """
     reader = CacheReader.open(uri)
-    recorded = {"data": {**reader.manifest.config["data"], "tokens": list(reader.tokens)}}  # type: ignore[dict-item]
-    source = _source(recorded, overrides, f"the data config recorded in {uri}")
-    contract(f"{uri} cannot be scored:", reader.require(("boxes",), reader.manifest.grid, (), source.classes, source.identity))
-    return evaluate(source, {token: reader.boxes(token) for token in reader.tokens})
+    contract(f"{uri} cannot be scored:", reader.require(("boxes",)))
+    return evaluate(source_of_cache(reader, overrides), {token: reader.boxes(token) for token in reader.tokens})
+
+
+def source_of_cache(reader: CacheReader, overrides: Sequence[str]) -> FrameSource:
+    """Return the data set that a cache was made from, with exactly the frames of the cache.
+
+    Raises:
+        ContractError: the data set there is another one, or was annotated anew.
+    """
+    recorded = dict(reader.manifest.config["data"])  # type: ignore[arg-type]
+    recorded |= {"tokens": list(reader.tokens), "labels": 1.0, "skip_missing": False}
+    source = _source({"data": recorded}, overrides, f"the data config recorded in {reader.folder}, with --set,")
+    contract("the data set is not the one of the cache:", reader.require((), dataset=source.identity))
+    return source
 
 
 def evaluate_detections(path: Path, overrides: Sequence[str]) -> Report:

@@ -22,9 +22,11 @@ Source = plugin("bevkd.data.sources")
 class EvaluationConfig(StrictModel):
     """Attributes:
     data: frames to evaluate on; they always have all their labels.
+    max_distance_m: score boxes this near to the ego only, e.g. those inside the grid; None is the benchmark.
     """
 
     data: Source  # type: ignore[valid-type]
+    max_distance_m: float | None = Field(None, gt=0)
     batch_size: int = Field(4, gt=0)
 
 

@@ -103,6 +103,8 @@ def train(
 
 
 def seeded_detector(recipe: TrainRecipe) -> Detector:
-    """Return the recipe's detector with weights drawn from its seed alone."""
+    """Return the recipe's detector with weights drawn from its seed alone; also sets the process's threads."""
+    if recipe.training.threads is not None:
+        torch.set_num_threads(recipe.training.threads)
     torch.manual_seed(recipe.training.seed)
     return Detector(recipe.detector, tuple(recipe.data.classes))

@@ -63,7 +63,7 @@ class Encoded:
     Attributes:
         arrays: stored array per array name.
         error: relative L2 norm of the difference to the input; for ``logit8`` the largest difference of a probability.
-        cosine: cosine similarity of input and stored values; 1 if either is all zero.
+        cosine: cosine similarity of input and stored values; 1 if both are all zero, 0 if one is.
     """
 
     arrays: dict[str, Array]
@@ -184,8 +184,9 @@ def _encode_map(signal: str, spec: SignalSpec, exact: npt.NDArray[np.float32]) -
         arrays[f"{signal}_scale"] = scales.reshape(exact.shape[:-2])
     input2, stored2, difference2, product = squares.tolist()
     norm = math.sqrt(input2) * math.sqrt(stored2)
+    cosine = product / norm if norm > 0 else float(input2 == stored2)
     relative = math.sqrt(difference2 / input2) if input2 > 0 else 0.0
-    return Encoded(arrays, worst if spec.encoding == "logit8" else relative, product / norm if norm > 0 else 1.0)
+    return Encoded(arrays, worst if spec.encoding == "logit8" else relative, cosine)
 
 
 def _sigmoid(logits: Array) -> Array:

@@ -23,7 +23,9 @@ STALE_S = 24 * 3600.0
 """Age after which a temporary file of another host counts as abandoned."""
 
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-_TEMPORARY = re.compile(r"\.tmp-([0-9a-f]{8})-(\d+)-[0-9a-f]{8}-(.+)")
+_TEMPORARY = re.compile(
+    r"\.tmp-([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}-(c\.\d+(?:\.0)*|\d+\.json|zarr\.json|manifest\.json)"
+)
 
 
 def local_path(uri: str | Path) -> Path:

@@ -115,9 +115,19 @@ class CacheReader:
             found[array.name] = buffer
         return found
 
+    def tensors(self, token: str, signals: Sequence[str]) -> dict[str, Tensor]:
+        """Return the stored arrays of one sample as tensors that share their memory; see :meth:`read`."""
+        return {name: torch.from_numpy(array) for name, array in self.read(token, signals).items()}
+
+    def boxes(self, token: str) -> Boxes:
+        """Return the teacher's boxes of one sample."""
+        boxes = self.signal(token, "boxes")
+        assert isinstance(boxes, Boxes)  # the spec's validator sees to it
+        return boxes
+
     def signal(self, token: str, name: str) -> Float[Tensor, "..."] | Boxes:
         """Return one decoded signal of one sample: a float32 map, or boxes."""
-        stored = {key: torch.from_numpy(array)[None] for key, array in self.read(token, [name]).items()}
+        stored = {key: array[None] for key, array in self.tensors(token, [name]).items()}
         return decode(name, self.manifest.spec.signals[name], stored)[0]
 
     def check_index(self, array: ArraySpec, block: int) -> shard.Index:
@@ -155,10 +165,11 @@ class CacheReader:
         if classes is not None and tuple(classes) != held.classes:
             faults.append(f"classes: the cache has {', '.join(held.classes)}; wanted are {', '.join(classes)}")
         if dataset is not None:
+            # Which frames of it are used, and how the split is called, is for the tokens to say.
             old, new = held.dataset.model_dump(), dataset.model_dump()
             faults += [
                 f"dataset.{key}: the cache has {old[key]!r}, wanted is {new[key]!r}"
-                for key in old
+                for key in ("name", "version", "annotation_digest")
                 if old[key] != new[key]
             ]
         if tokens is not None and (absent := [token for token in tokens if token not in self]):

@@ -30,7 +30,7 @@ PATIENCE_S = 10.0
 """How long an attempt waits for the record of another attempt that has published its shards."""
 
 _POLL_S = 0.05
-_TYPICAL_RATIO = {"float16": 0.8, "uint8": 0.4, "int8": 0.75, "logit8": 0.55, "float32": 0.5, "int32": 5.0}
+_TYPICAL_RATIO = {"float16": 0.9, "uint8": 0.4, "int8": 0.9, "logit8": 0.6, "float32": 0.5, "int32": 5.0}
 
 
 def estimate_bytes(spec: CacheSpec, sample_shapes: Mapping[str, tuple[int, ...]], n: int) -> int:

@@ -81,8 +81,5 @@ class TrainingDataset(Dataset[Sample]):
         frame = self.source.load(token, self.view.sensors, views)
         if frame.images is not None:
             frame = replace(frame, images=scale_brightness(frame.images, self.augment.image, generator))
-        stored = {
-            name: {key: torch.from_numpy(array) for key, array in reader.read(token, signals).items()}
-            for name, (reader, signals) in self.caches.items()
-        }
+        stored = {name: reader.tensors(token, signals) for name, (reader, signals) in self.caches.items()}
         return Sample(apply_affine(frame, affine), affine, stored)

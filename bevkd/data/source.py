@@ -19,7 +19,8 @@ class DatasetIdentity(StrictModel):
     """Which frames these are; stands in every cache manifest.
 
     Attributes:
-        annotation_digest: SHA-256 over the annotations of the split, so that a re-labelled data set is noticed.
+        split, frames: what was asked of it, and how many frames that is.
+        annotation_digest: SHA-256 over all annotations of the version, so that a re-labelled data set is noticed.
     """
 
     name: str

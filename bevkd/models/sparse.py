@@ -6,6 +6,9 @@ bias: on the CPU spconv refuses one in eval mode, and a batch norm follows each 
 
 from __future__ import annotations
 
+import logging
+import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,14 +20,24 @@ from bevkd.errors import BevkdError
 _BN_EPS, _BN_MOMENTUM = 1e-3, 0.01
 
 
-def _spconv() -> Any:
-    try:
-        import spconv.pytorch as spconv
-    except ImportError as error:
-        raise BevkdError(
-            "LiDAR encoders need spconv, which is not installed here. Install the extra: pip install 'bevkd[teacher]' "
-            "(a machine that only trains camera students does not need it)."
-        ) from error
+@cache
+def load_spconv() -> Any:
+    """Return spconv's torch interface.
+
+    Raises:
+        BevkdError: it is not installed.
+    """
+    # Its wheels predate names that torch has deprecated since; nothing a user could act on.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            import spconv.pytorch as spconv
+        except ImportError as error:
+            raise BevkdError(
+                "LiDAR encoders need spconv, which cannot be imported here. Install the extra: "
+                "pip install 'bevkd[teacher]' (a machine that only trains camera students does not need it)."
+            ) from error
     return spconv
 
 
@@ -37,11 +50,7 @@ def _follow_device(module: nn.Module, inputs: tuple[Any, ...]) -> None:
 
 def sub_m_conv(in_channels: int, out_channels: int, key: str) -> nn.Module:
     """Return a 3x3x3 submanifold convolution: it keeps the set of occupied voxels."""
-    from spconv.core import ConvAlgo
-
-    conv: nn.Module = _spconv().SubMConv3d(
-        in_channels, out_channels, 3, padding=1, bias=False, indice_key=key, algo=ConvAlgo.Native
-    )
+    conv: nn.Module = load_spconv().SubMConv3d(in_channels, out_channels, 3, padding=1, bias=False, indice_key=key)
     conv.register_forward_pre_hook(_follow_device)
     return conv
 
@@ -55,19 +64,15 @@ def down_conv(
     padding: tuple[int, int, int] = (1, 1, 1),
 ) -> nn.Module:
     """Return a strided sparse convolution with batch norm and ReLU; sizes are (z, y, x)."""
-    from spconv.core import ConvAlgo
-
-    spconv = _spconv()
-    conv = spconv.SparseConv3d(
-        in_channels, out_channels, kernel, stride, padding, bias=False, indice_key=key, algo=ConvAlgo.Native
-    )
+    spconv = load_spconv()
+    conv = spconv.SparseConv3d(in_channels, out_channels, kernel, stride, padding, bias=False, indice_key=key)
     conv.register_forward_pre_hook(_follow_device)
     return spconv.SparseSequential(conv, _norm(out_channels), nn.ReLU())  # type: ignore[no-any-return]
 
 
 def sub_m_block(in_channels: int, out_channels: int, key: str) -> nn.Module:
     """Return a submanifold convolution with batch norm and ReLU."""
-    return _spconv().SparseSequential(  # type: ignore[no-any-return]
+    return load_spconv().SparseSequential(  # type: ignore[no-any-return]
         sub_m_conv(in_channels, out_channels, key), _norm(out_channels), nn.ReLU()
     )
 
@@ -96,4 +101,12 @@ def sparse_tensor(
     features: Float[Tensor, "V C"], indices: Int[Tensor, "V 4"], shape: tuple[int, int, int], batch_size: int
 ) -> Any:
     """Return spconv's sparse tensor; ``indices`` are (frame, z, y, x) and ``shape`` is (z, y, x)."""
-    return _spconv().SparseConvTensor(features, indices.int(), list(shape), batch_size)
+    return load_spconv().SparseConvTensor(features, indices.int(), list(shape), batch_size)
+
+
+def to_dense(sparse: Any) -> Float[Tensor, "B C Z Y X"]:
+    """Return the dense map of a sparse tensor; zero where no voxel is occupied."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Using a non-tuple sequence", category=UserWarning)
+        dense: Tensor = sparse.dense()
+    return dense

@@ -22,23 +22,27 @@ from bevkd.types import Signals
 
 
 class Config(PluginConfig):
-    """A trained run, or a detector with random weights.
+    """A trained run, or an architecture with weights.
 
     Attributes:
-        run: folder of a ``train-teacher`` run.
-        detector: an untrained detector instead, e.g. to time a cache or to test a pipeline.
-        seed: of the untrained weights.
+        run: folder of a ``train-teacher`` run, which says what its detector is.
+        detector: the architecture instead.
+        weights: its safetensors file; None draws random weights, e.g. to time a cache or to test a pipeline.
+        seed: of random weights.
     """
 
     name: Literal["detector"] = "detector"
     run: Path | None = None
     detector: DetectorConfig | None = None
+    weights: Path | None = None
     seed: int = 0
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.run is None) == (self.detector is None):
-            raise ValueError("give either 'run' (a folder of train-teacher) or 'detector' (random weights), not both")
+            raise ValueError("give either 'run' (a folder of train-teacher) or 'detector' (an architecture), not both")
+        if self.run is not None and self.weights is not None:
+            raise ValueError("'weights' belong to 'detector'; a 'run' brings its own")
         return self
 
 
@@ -83,14 +87,15 @@ def build(config: Config, classes: tuple[str, ...], device: torch.device) -> Tea
     assert detector_config is not None  # the config's validator sees to it
     torch.manual_seed(config.seed)
     detector = Detector(detector_config, classes)
-    if config.run:
-        load_weights(config.run / "model.safetensors", detector)
+    weights = config.run / "model.safetensors" if config.run else config.weights
+    if weights:
+        load_weights(weights, detector)
     identity = TeacherIdentity(
         name=config.name,
         architecture=detector_config.model_dump(mode="json"),
         weights_sha256=_weights_digest(detector),
         preprocessing={"sensors": sorted(detector_config.sensors), "augmentation": None},
-        origin="trained" if config.run else f"random, seed {config.seed}",
+        origin=weights.name if weights else f"random weights of seed {config.seed}",
     )
     return DetectorTeacher(detector, identity, device)
 

@@ -16,14 +16,17 @@ class TrainingConfig(StrictModel):
     accumulation: forward passes per optimizer step.
     learning_rate: the schedule's peak, at the effective batch size as it is; nothing is scaled behind the scenes.
     schedule: ``one_cycle`` (up over ``warmup``, cosine down), ``cosine`` (the same from full rate after a linear
-        ``warmup``), ``constant`` (after a linear ``warmup``).
-    warmup: share of the steps.
+        ``warmup``), ``step`` (a tenth after each of ``milestones``), ``constant``; the last two after a linear
+        ``warmup`` too.
+    warmup, milestones: shares of the steps.
     clip: largest gradient norm; larger ones are scaled down to it.
     ema: decay of the exponential moving average of the weights that evaluation and export use; None switches it off.
     precision: of accelerate's mixed precision.
     labelled_share: share of labelled frames among those drawn when unlabelled ones take part; None draws all frames
         alike.
     workers: loader processes; 0 loads in the training process.
+    threads: CPU threads of the training process; None leaves it to torch. Runs are repeatable bit by bit for one
+        count of threads.
     checkpoint_every: steps between checkpoints; 0 keeps only the last.
     keep: newest checkpoints that stay.
     """
@@ -33,14 +36,16 @@ class TrainingConfig(StrictModel):
     accumulation: int = Field(1, gt=0)
     learning_rate: float = Field(2e-4, gt=0)
     weight_decay: float = Field(0.01, ge=0)
-    schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
+    schedule: Literal["one_cycle", "cosine", "step", "constant"] = "one_cycle"
     warmup: float = Field(0.3, ge=0, lt=1)
+    milestones: tuple[float, ...] = ()
     clip: float = Field(35.0, gt=0)
     ema: float | None = Field(None, gt=0, lt=1)
     precision: Literal["no", "fp16", "bf16"] = "no"
     labelled_share: float | None = Field(None, ge=0, le=1)
     seed: int = Field(0, ge=0)
     workers: int = Field(2, ge=0)
+    threads: int | None = Field(None, gt=0)
     log_every: int = Field(10, gt=0)
     checkpoint_every: int = Field(500, ge=0)
     keep: int = Field(2, gt=0)

@@ -53,6 +53,9 @@ def learning_rate_factor(config: TrainingConfig, step: int) -> float:
         return 0.04 + 0.96 * (1 - math.cos(math.pi * rising)) / 2 if config.schedule == "one_cycle" else rising
     if config.schedule == "constant":
         return 1.0
+    if config.schedule == "step":
+        passed = sum(step >= milestone * config.steps for milestone in config.milestones)
+        return float(0.1**passed)
     falling = (step - warmup) / max(config.steps - warmup, 1)
     return max((1 + math.cos(math.pi * falling)) / 2, 1e-4)
 

@@ -210,8 +210,7 @@ def _with_legend(mosaic: Image.Image, roles: Sequence[Role], depth: bool) -> Ima
         pen.text((left + 30, middle), ROLE_NAMES[role], fill=rgb(INK), font=letters, anchor="lm")
         left += 30 + pen.textlength(ROLE_NAMES[role], font=letters) + 26
     if depth:
-        bar = Image.new("RGB", (120, 8))
-        bar.putdata([ramp(DEPTH_COLORS, 120)[column] for _ in range(8) for column in range(120)])
+        bar = Image.fromarray(np.array([ramp(DEPTH_COLORS, 120)] * 8, dtype=np.uint8))
         pen.text((left, middle), "LiDAR depth  0 m", fill=rgb(INK), font=letters, anchor="lm")
         left += pen.textlength("LiDAR depth  0 m", font=letters) + 8
         page.paste(bar, (int(left), middle - 4))

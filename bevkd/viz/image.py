@@ -31,7 +31,7 @@ def new_figure(width_px: int, height_px: int) -> Figure:
     return figure
 
 
-def axes_at(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+def axes_at(figure: Figure, left: int | float, top: int | float, width: int | float, height: int | float) -> Axes:
     """Return new axes whose frame covers this rectangle, in pixels from the figure's upper left corner."""
     total_width, total_height = (side * DPI for side in figure.get_size_inches())
     return figure.add_axes(
@@ -44,7 +44,7 @@ def axes_at(figure: Figure, left: float, top: float, width: float, height: float
     )
 
 
-def text_at(figure: Figure, left: float, top: float, text: str, **style: object) -> None:
+def text_at(figure: Figure, left: int | float, top: int | float, text: str, **style: object) -> None:
     """Write ``text`` with its anchor (upper left unless ``ha`` / ``va`` say otherwise) at a pixel of the figure."""
     width, height = (side * DPI for side in figure.get_size_inches())
     figure.text(left / width, 1 - top / height, text, **{"ha": "left", "va": "top", **style})  # type: ignore[arg-type]
@@ -81,7 +81,7 @@ def font(size_px: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def save(picture: Picture, path: Path | str, max_bytes: int = MAX_BYTES) -> Path:
-    """Write the picture as an optimised PNG of at most ``max_bytes`` and return its path.
+    """Write the picture as a PNG of at most ``max_bytes`` and return its path.
 
     The file appears whole or not at all. Pictures with much photographic content are first reduced to 256 colours,
     which keep the roles' colours, and then in size, until they fit. Missing folders are made.
@@ -120,7 +120,7 @@ def _encode(image: Image.Image, max_bytes: int) -> bytes:
 
 def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
+    image.save(buffer, format="PNG", compress_level=6)
     return buffer.getvalue()
 
 

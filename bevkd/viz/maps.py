@@ -34,7 +34,7 @@ def class_peak(heatmap: Float[Tensor, "K Y X"]) -> Float[Tensor, "Y X"]:
     return heatmap.detach().float().cpu().sigmoid().amax(dim=0)
 
 
-def robust_range(*maps: Float[Tensor, "Y X"]) -> tuple[float, float]:
+def robust_range(*maps: Float[Tensor, "..."]) -> tuple[float, float]:
     """Return the 1st and the 99.5th percentile over all maps, a little apart even for constant maps."""
     values = torch.cat([one.flatten() for one in maps])
     values = values[values.isfinite()]

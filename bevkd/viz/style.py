@@ -8,7 +8,7 @@ Role = Literal["ground_truth", "teacher", "student", "distilled"]
 """Whose boxes, features or scores are drawn: the annotations, the teacher, the plain or the distilled student."""
 
 ROLE_COLORS: dict[Role, str] = {
-    "ground_truth": "#00B37A",
+    "ground_truth": "#00B97E",
     "teacher": "#1F4EDB",
     "student": "#F1A305",
     "distilled": "#B80287",

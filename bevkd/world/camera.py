@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bevkd.world.geometry import Floats, Ints
+from bevkd.world.geometry import Bools, Floats, Index, Ints
 from bevkd.world.parts import Parts, Texture
 from bevkd.world.raycast import crossing, local_frame
 from bevkd.world.street import Terrain
@@ -71,7 +71,7 @@ class Sight:
     counts, per owner, the pixels that it would fill if nothing stood in front.
     """
 
-    segment: np.ndarray
+    segment: Index
     depth: Floats
     pair: Ints
     face: Ints
@@ -154,7 +154,7 @@ def _meet(parts: Parts, view: View) -> Columns:
     local_x, local_y = (c * rx + s * ry) / parts.half_length[part], (c * ry - s * rx) / parts.half_width[part]
     t_in, t_out = crossing(ox, oy, local_x, local_y, parts.round[part])
     hit = np.nonzero((t_out > t_in) & (t_out > NEAR_M))[0]
-    return Columns(*(v[hit] for v in (part, column, t_in, t_out, ox, oy, local_x, local_y)))
+    return Columns(part[hit], column[hit], t_in[hit], t_out[hit], ox[hit], oy[hit], local_x[hit], local_y[hit])
 
 
 def _segments(parts: Parts, view: View, columns: Columns) -> tuple[Ints, Ints, Ints, Ints]:
@@ -163,7 +163,7 @@ def _segments(parts: Parts, view: View, columns: Columns) -> tuple[Ints, Ints, I
     z0, z1 = parts.z0[columns.part], parts.z1[columns.part]
 
     def row(z: Floats, t: Floats) -> Floats:
-        return np.ceil(view.centre_v + view.focal * (eye - z) / t - 0.5).clip(0, view.height)
+        return np.asarray(np.ceil(view.centre_v + view.focal * (eye - z) / t - 0.5).clip(0, view.height))
 
     sides = (
         (FRONT, columns.t_in > NEAR_M, row(z1, near), row(z0, near), near),
@@ -185,7 +185,7 @@ def _segments(parts: Parts, view: View, columns: Columns) -> tuple[Ints, Ints, I
 
 
 def _fragment_depth(
-    parts: Parts, view: View, columns: Columns, pair: Ints, face: Ints, segment: np.ndarray, row: np.ndarray
+    parts: Parts, view: View, columns: Columns, pair: Ints, face: Ints, segment: Index, row: Index
 ) -> Floats:
     """Return the depth in metres of pieces of segments, given the image row of each piece."""
     level = np.where(face == TOP, parts.z1[columns.part[pair]], parts.z0[columns.part[pair]])
@@ -198,8 +198,8 @@ def _fragment_depth(
 
 
 def _solid(
-    parts: Parts, view: View, columns: Columns, pair: Ints, face: Ints, segment: np.ndarray, row: np.ndarray
-) -> np.ndarray | None:
+    parts: Parts, view: View, columns: Columns, pair: Ints, face: Ints, segment: Index, row: Index
+) -> Bools | None:
     """Return which pieces are not holes of leaves, wheels or cycles; None if nothing has holes."""
     texture = parts.texture[columns.part[pair]]
     holed = (texture == Texture.LEAVES) | (texture == Texture.BIKE) | (texture == Texture.WHEEL)
@@ -223,7 +223,10 @@ def _solid(
     # Wheels: the disc on the sides of the axle's box.
     disc = lx**2 + (2 * h - 1) ** 2
     side = np.abs(ly) > 0.98
-    open_wheel = side & (disc > 1)
+    across = np.abs(columns.dy[p]) * parts.half_width[part]
+    oblique = across > 0.25 * np.abs(columns.dx[p]) * parts.half_length[part]
+    # The ends of the box stand for the tread when seen from behind; at an angle they would stick out of the disc.
+    open_wheel = np.where(side, disc > 1, oblique)
     # Cycles: two rims and a frame, when seen from the side.
     along, up = lx * parts.half_length[part], h * tall
     wheel = np.minimum(0.36, 0.22 * 2 * parts.half_length[part])
@@ -231,12 +234,12 @@ def _solid(
     bar = (np.abs(along) < 0.55 * parts.half_length[part]) & (np.abs(up - 0.55 * tall - 0.25 * along) < 0.09)
     rim_or_hub = ((spoke < 1) & (spoke > 0.72)) | (spoke < 0.2)
     seat = (h > 0.6) & (np.abs(lx + 0.25) < 0.12)
-    open_bike = side & ~(rim_or_hub | bar | seat)
+    open_bike = np.where(side, ~(rim_or_hub | bar | seat), oblique)
     keep[pieces] = ~np.where(kind == Texture.LEAVES, open_leaf, np.where(kind == Texture.WHEEL, open_wheel, open_bike))
     return keep
 
 
-def _covered(owner: Ints, pixel: np.ndarray, owners: int, pixels: int) -> Ints:
+def _covered(owner: Ints, pixel: Index, owners: int, pixels: int) -> Ints:
     """Return the number of distinct pixels of each owner among all pieces, hidden or not."""
     labelled = np.nonzero(owner >= 0)[0]
     flags = np.zeros(owners * pixels, dtype=bool)

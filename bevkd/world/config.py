@@ -33,6 +33,15 @@ VERSION_FOLDER = "v1.0-world"
 TRAIN_SPLIT, VAL_SPLIT = "world_train", "world_val"
 
 
+_COMMON_CLASSES: dict[ClassName, float] = {
+    "car": 7.8,
+    "truck": 2.0,
+    "pedestrian": 7.0,
+    "bicycle": 3.2,
+    "traffic_cone": 3.6,
+}
+
+
 class WorldConfig(StrictModel):
     """Everything that decides the bytes of a world."""
 
@@ -51,13 +60,7 @@ class WorldConfig(StrictModel):
     lidar_noise_m: float = Field(0.02, ge=0, le=0.5, description="Standard deviation of the LiDAR range.")
     lidar_dropout: float = Field(0.08, ge=0, lt=1, description="Share of LiDAR returns that are lost.")
     classes: dict[ClassName, float] = Field(
-        default_factory=lambda: {
-            "car": 7.8,
-            "truck": 2.0,
-            "pedestrian": 7.0,
-            "bicycle": 3.2,
-            "traffic_cone": 3.6,
-        },
+        default_factory=lambda: dict(_COMMON_CLASSES),
         description="Mean number of objects per scene of each class that occurs.",
     )
     clutter: float = Field(1.0, ge=0, le=4, description="Density of unlabelled poles, bins, bushes, kiosks and trees.")
@@ -89,7 +92,7 @@ class WorldConfig(StrictModel):
         return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()
 
 
-_ALL_CLASSES: dict[str, float] = {
+_ALL_CLASSES: dict[ClassName, float] = {
     "car": 9.0,
     "truck": 2.0,
     "bus": 1.0,

@@ -83,8 +83,9 @@ def points_in_boxes(points: Floats, centre: Floats, size: Floats, rotation: Floa
         rotation: ``m 3 3``.
     """
     inside = []
+    x, y = np.ascontiguousarray(points[:, 0]), np.ascontiguousarray(points[:, 1])
     for c, s, r in zip(centre, size, rotation, strict=True):
-        near = np.nonzero(np.abs(points[:, :2] - c[:2]).max(axis=1) < s[:2].sum())[0]
+        near = np.nonzero((np.abs(x - c[0]) < s[:2].sum()) & (np.abs(y - c[1]) < s[:2].sum()))[0]
         local = (points[near] - c) @ r
         mask = np.zeros(len(points), dtype=bool)
         mask[near] = (np.abs(local) <= s / 2).all(axis=1)

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from bevkd.world.geometry import Bools, Floats, Pose
+from bevkd.world.geometry import Bools, Floats, Ints, Pose
 from bevkd.world.parts import Parts
 from bevkd.world.raycast import cast
 from bevkd.world.scene import ActorState
@@ -39,6 +40,8 @@ DETECTION = np.dtype(
 )
 """One radar detection as it lies in the file; positions and velocities in the radar frame (x forward, y left)."""
 
+Detections = NDArray[np.void]
+
 _MOVING, _STATIONARY, _ONCOMING = 0, 1, 2
 _UNAMBIGUOUS = 3
 
@@ -52,7 +55,7 @@ class RadarMotion:
 
 def detect(
     parts: Parts, actors: ActorState, scene_from_radar: Pose, motion: RadarMotion, rng: np.random.Generator
-) -> np.ndarray:
+) -> Detections:
     """Return the detections of one radar, an array of :data:`DETECTION`.
 
     Doppler sees the radial velocity only: ``(vx, vy)`` is it along the line of sight relative to the moving radar,
@@ -90,7 +93,7 @@ def detect(
     return found
 
 
-def _returned(parts: Parts, part: np.ndarray, reach: Floats, rng: np.random.Generator) -> Bools:
+def _returned(parts: Parts, part: Ints, reach: Floats, rng: np.random.Generator) -> Bools:
     """Return which rays yield a detection: metal objects often, people seldom, walls and leaves hardly ever."""
     index = part.clip(0)
     chance = np.where(parts.owner[index] >= 0, 0.12 + parts.intensity[index] / 260, 0.035)
@@ -99,12 +102,12 @@ def _returned(parts: Parts, part: np.ndarray, reach: Floats, rng: np.random.Gene
     return np.asarray((part >= 0) & (rng.random(part.shape) < chance))
 
 
-def _cross_section(intensity: Floats, owner: np.ndarray, rng: np.random.Generator) -> Floats:
+def _cross_section(intensity: Floats, owner: Ints, rng: np.random.Generator) -> Floats:
     mean = np.where(owner >= 0, -4 + 0.2 * intensity, 2.0)
-    return np.clip(mean + rng.normal(0, 3.5, len(owner)), -14, 32)
+    return np.asarray(np.clip(mean + rng.normal(0, 3.5, len(owner)), -14, 32))
 
 
-def pcd_bytes(found: np.ndarray) -> bytes:
+def pcd_bytes(found: Detections) -> bytes:
     """Return the file of an array of :data:`DETECTION`; a single NaN detection stands for none."""
     if len(found) == 0:
         found = np.zeros(1, dtype=DETECTION)

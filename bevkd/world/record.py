@@ -13,7 +13,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from bevkd.world.config import WorldConfig
-from bevkd.world.geometry import Bools, Floats32, Ints, Pose, quaternion, rotation_zyx
+from bevkd.world.geometry import Bools, Bytes, Floats32, Ints, Pose, quaternion, rotation_zyx
 from bevkd.world.lidar import points_in_boxes, scan
 from bevkd.world.parts import Parts, join
 from bevkd.world.radar import RadarMotion, detect, pcd_bytes
@@ -58,7 +58,7 @@ class _Recorder:
     index: int
     out: Path
     scene: Scene
-    shadow: np.ndarray
+    shadow: Bytes
     token: Tokens
     tables: Tables = field(default_factory=dict)
 
@@ -351,7 +351,7 @@ def _finish(recorder: _Recorder) -> None:
     )
 
 
-def _map_mask(scene: Scene) -> np.ndarray:
+def _map_mask(scene: Scene) -> Bytes:
     """Return the drivable area, 255 on 0, of the scene's map at 0.1 m per pixel, north up."""
     is_drivable = np.zeros(256, dtype=np.uint8)
     is_drivable[list(DRIVABLE)] = 255

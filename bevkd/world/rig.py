@@ -67,4 +67,4 @@ def intrinsics(config: WorldConfig, camera: Mount) -> Floats:
 
 def beam_elevations(beams: int) -> Floats:
     """Return the elevation of each LiDAR ring in radians, ring 0 lowest."""
-    return np.radians(np.linspace(-30.67, 10.67, beams))
+    return np.asarray(np.radians(np.linspace(-30.67, 10.67, beams)))

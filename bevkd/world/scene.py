@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from bevkd.world.config import WorldConfig
-from bevkd.world.geometry import Floats, Pose, rotation_zyx
+from bevkd.world.geometry import Floats, Ints, Pose, rotation_zyx
 from bevkd.world.objects import CLASSES, ObjectClass, Rng, Size, build_parts, draw_size, fit_size
 from bevkd.world.parts import Part, Parts, place, stack
 from bevkd.world.placement import Spot, spots
@@ -93,7 +93,7 @@ class Scene:
     jitter: Floats
     static: Parts
     _local: Parts
-    _actor_of: np.ndarray
+    _actor_of: Ints
 
     @property
     def global_from_scene(self) -> Pose:

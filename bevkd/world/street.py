@@ -9,13 +9,15 @@ from enum import IntEnum
 import numpy as np
 
 from bevkd.world.config import WorldConfig
-from bevkd.world.geometry import Bytes, Floats
+from bevkd.world.geometry import Bytes, Floats, Index
 from bevkd.world.objects import Colour, Rng, vary
 from bevkd.world.parts import Part, Texture
 
 CELL_M = 0.1
 LANE_M = 3.4
 PARKING_M = 2.4
+
+Span = tuple[float, float]
 
 
 class Material(IntEnum):
@@ -105,7 +107,7 @@ class Street:
         """Return whether x lies on the cross street, or within ``gap`` of it."""
         return self.cross_x is not None and abs(x - self.cross_x) < self.cross_half_m + gap
 
-    def cells(self, x: Floats, y: Floats) -> tuple[np.ndarray, np.ndarray]:
+    def cells(self, x: Floats, y: Floats) -> tuple[Index, Index]:
         """Return the row and column of the ground raster for each point, clipped to its border."""
         last = self.material.shape[0] - 1
         columns = np.clip((x + self.extent_m) / CELL_M, 0, last).astype(np.int32)
@@ -127,14 +129,13 @@ def draw_street(config: WorldConfig, rng: Rng) -> Street:
     cross_x = float(rng.uniform(-12, 26)) if rng.random() < 0.5 else None
     cross_half = LANE_M * (1 if rng.random() < 0.7 else 2) + 0.3
     # Room for the drive of the ego vehicle and the range of its sensors.
-    extent = config.spawn_range_m + 24.0 + 6.5 * config.duration_s
+    half_size = 2 * math.ceil((config.spawn_range_m + 24.0 + 6.5 * config.duration_s) / CELL_M / 2)
     waves = np.zeros((0, 4))
     if config.terrain == "hills":
         lengths, turns = rng.uniform(28, 70, 3), rng.uniform(0, 2 * math.pi, 3)
         slope = rng.uniform(0.018, 0.04, 3)
         k = 2 * math.pi / lengths
         waves = np.stack([slope / k, k * np.cos(turns), k * np.sin(turns), rng.uniform(0, 6.28, 3)], axis=1)
-    size = round(2 * extent / CELL_M)
     shade = rng.normal(0, 8, (len(_PALETTE), 1)) + rng.normal(0, 2.5, _PALETTE.shape)
     palette = np.clip(_PALETTE * rng.uniform(0.8, 1.15) + shade, 20, 240)
     street = Street(
@@ -144,10 +145,10 @@ def draw_street(config: WorldConfig, rng: Rng) -> Street:
         setback,
         cross_x,
         cross_half,
-        extent,
+        half_size * CELL_M,
         0.0 if config.terrain == "hills" else 0.15,
         Terrain(waves),
-        np.full((size, size), Material.PLAZA, dtype=np.uint8),
+        np.full((2 * half_size, 2 * half_size), Material.PLAZA, dtype=np.uint8),
         palette,
     )
     _paint(street, rng)
@@ -161,66 +162,65 @@ class _Brush:
         self._raster = street.material
         self._extent = street.extent_m
 
-    def rect(self, x0: float, x1: float, y0: float, y1: float, material: Material) -> None:
-        c0, c1, r0, r1 = (max(0, round((v + self._extent) / CELL_M)) for v in (x0, x1, y0, y1))
+    def rect(self, x: Span, y: Span, material: Material) -> None:
+        c0, c1, r0, r1 = (max(0, round((v + self._extent) / CELL_M)) for v in (*sorted(x), *sorted(y)))
         self._raster[r0:r1, c0:c1] = material
 
 
 def _paint(street: Street, rng: Rng) -> None:
     brush, far = _Brush(street), street.extent_m
+    along = (-far, far)
     for side in (1, -1):
-        edge = street.edge(side)
-        lot = Material.GRASS if rng.random() < 0.55 else Material.PLAZA
-        brush.rect(-far, far, *sorted((side * (edge + street.sidewalk_m), side * far)), lot)
-        brush.rect(-far, far, *sorted((side * edge, side * (edge + street.sidewalk_m))), Material.PAVING)
+        walk = (side * street.edge(side), side * (street.edge(side) + street.sidewalk_m))
+        brush.rect(along, (walk[1], side * far), Material.GRASS if rng.random() < 0.55 else Material.PLAZA)
+        brush.rect(along, walk, Material.PAVING)
         for x in np.arange(-far, far, 1.8):
-            brush.rect(x, x + 0.1, *sorted((side * edge, side * (edge + street.sidewalk_m))), Material.JOINT)
-    if street.cross_x is not None:
-        xc, half, walk = street.cross_x, street.cross_half_m, street.sidewalk_m
-        brush.rect(xc - half - walk, xc + half + walk, -far, far, Material.PAVING)
-        brush.rect(xc - half - 0.2, xc + half + 0.2, -far, far, Material.CURB)
-        brush.rect(xc - half, xc + half, -far, far, Material.ASPHALT)
+            brush.rect((x, x + 0.1), walk, Material.JOINT)
     low, high = -street.edge(-1), street.edge(1)
-    brush.rect(-far, far, low - 0.2, high + 0.2, Material.CURB)
-    brush.rect(-far, far, low, high, Material.ASPHALT)
     if street.cross_x is not None:
-        xc, half = street.cross_x, street.cross_half_m
-        brush.rect(xc - half, xc + half, -far, far, Material.ASPHALT)
+        middle, half = street.cross_x, street.cross_half_m
+        for margin, material in ((street.sidewalk_m, Material.PAVING), (0.2, Material.CURB)):
+            brush.rect((middle - half - margin, middle + half + margin), along, material)
+    brush.rect(along, (low - 0.2, high + 0.2), Material.CURB)
+    brush.rect(along, (low, high), Material.ASPHALT)
+    if street.cross_x is not None:
+        brush.rect((middle - half, middle + half), along, Material.ASPHALT)
         for y in np.arange(high + 1, far, 5.0):
-            for s in (y, -y):
-                brush.rect(xc - 0.08, xc + 0.08, s, s + 2.2, Material.WHITE_LINE)
+            for start in (y, -y):
+                brush.rect((middle - 0.08, middle + 0.08), (start, start + 2.2), Material.WHITE_LINE)
     for _ in range(int(rng.integers(3, 9))):
         x, y = rng.uniform(-40, 40), rng.uniform(low, high - 2)
-        brush.rect(x, x + rng.uniform(1, 7), y, y + rng.uniform(0.6, 2.4), Material.PATCH)
-    _paint_markings(street, brush)
+        brush.rect((x, x + rng.uniform(1, 7)), (y, y + rng.uniform(0.6, 2.4)), Material.PATCH)
+    _paint_lines(street, brush)
+    if street.cross_x is not None:
+        _paint_crossing(street, street.cross_x, brush)
 
 
-def _paint_markings(street: Street, brush: _Brush) -> None:
+def _paint_lines(street: Street, brush: _Brush) -> None:
     far, lines = street.extent_m, street.lanes * LANE_M
     spans = [(-far, far)]
     if street.cross_x is not None:
         gap = street.cross_half_m + 4.6
         spans = [(-far, street.cross_x - gap), (street.cross_x + gap, far)]
-    for x0, x1 in spans:
+    for span in spans:
         for y in (-0.2, 0.1):
-            brush.rect(x0, x1, y, y + 0.12, Material.YELLOW_LINE)
+            brush.rect(span, (y, y + 0.12), Material.YELLOW_LINE)
         for side in (1, -1):
             if street.parking[0 if side > 0 else 1]:
-                brush.rect(x0, x1, side * lines - 0.06, side * lines + 0.06, Material.WHITE_LINE)
+                brush.rect(span, (side * lines - 0.06, side * lines + 0.06), Material.WHITE_LINE)
             for lane in range(1, street.lanes):
                 y = side * lane * LANE_M
-                for x in np.arange(x0, x1, 6.0):
-                    brush.rect(x, min(x + 2.6, x1), y - 0.07, y + 0.07, Material.WHITE_LINE)
-    if street.cross_x is None:
-        return
+                for x in np.arange(*span, 6.0):
+                    brush.rect((x, min(x + 2.6, span[1])), (y - 0.07, y + 0.07), Material.WHITE_LINE)
+
+
+def _paint_crossing(street: Street, middle: float, brush: _Brush) -> None:
     for side in (1, -1):
-        near = street.cross_x + side * (street.cross_half_m + 0.8)
-        x0, x1 = sorted((near, near + side * 2.8))
+        near = middle + side * (street.cross_half_m + 0.8)
         for y in np.arange(-street.edge(-1) + 0.3, street.edge(1) - 0.4, 1.0):
-            brush.rect(x0, x1, y, y + 0.5, Material.WHITE_LINE)
+            brush.rect((near, near + side * 2.8), (y, y + 0.5), Material.WHITE_LINE)
         stop = near + side * 3.4
-        lane = sorted((0.3 * side, side * street.lanes * LANE_M))
-        brush.rect(*sorted((stop, stop + side * 0.4)), *lane, Material.WHITE_LINE)
+        brush.rect((stop, stop + side * 0.4), (0.3 * side, side * street.lanes * LANE_M), Material.WHITE_LINE)
 
 
 def curb_parts(street: Street) -> list[Part]:

@@ -36,7 +36,7 @@ def noise(a: Floats, b: Floats) -> Floats32:
     """Return smooth-ish noise in [0, 1], uniformly distributed, at texture coordinates in sixteenths of a tile."""
     i = (np.asarray(a) * 16).astype(np.int64) & (_TILE - 1)
     j = (np.asarray(b) * 16).astype(np.int64) & (_TILE - 1)
-    return _tile()[i, j]
+    return np.asarray(_tile()[i, j])
 
 
 @dataclass(frozen=True)
@@ -153,13 +153,17 @@ def _stripes(s: Surface, colour: Floats32) -> Floats32:
     return colour
 
 
+# Width, height and half pane of the windows (metres, metres, share of the width) of the four styles of building.
+_FACADE_GRID = ((2.4, 1.8, 3.2, 2.0), (3.0, 2.8, 3.3, 3.1), (0.24, 0.3, 0.4, 0.2))
+
+
 def _building(s: Surface, colour: Floats32) -> Floats32:
     up, across = s.h * s.tall, s.a * s.wide + 40.0
     style = s.part % 4
-    pitch_a, pitch_h = np.choose(style, (2.4, 1.8, 3.2, 2.0)), np.choose(style, (3.0, 2.8, 3.3, 3.1))
+    pitch_a, pitch_h, pane_half = (np.array(v, dtype=np.float32)[style] for v in _FACADE_GRID)
     cell_a, cell_h = across / pitch_a, (up - 0.4) / pitch_h
     in_a, in_h = cell_a % 1.0, cell_h % 1.0
-    pane = (np.abs(in_a - 0.5) < np.choose(style, (0.24, 0.3, 0.4, 0.2))) & (in_h > 0.28) & (in_h < 0.82)
+    pane = (np.abs(in_a - 0.5) < pane_half) & (in_h > 0.28) & (in_h < 0.82)
     pane &= (s.h < 0.96) & (s.side < ABOVE)
     lit = noise(np.floor(cell_a) * 3.3 + s.part, np.floor(cell_h) * 5.1 + s.part)
     brick = (style == 0) & ((up % 0.3) < 0.05)

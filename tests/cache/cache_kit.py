@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from bevkd.cache.manifest import Header, Manifest, TeacherIdentity
+from bevkd.cache.reader import CacheReader
 from bevkd.cache.spec import CacheSpec
 from bevkd.cache.writer import CacheWriter
 from bevkd.data.source import DatasetIdentity
@@ -27,7 +30,9 @@ SIGNALS = {
     "box_code": {"encoding": "float16"},
     "boxes": {"encoding": "boxes", "capacity": 6},
 }
-TEACHER = TeacherIdentity(name="formula", architecture={"depth": 2}, weights_sha256="0" * 64, preprocessing={"sweeps": 1})
+TEACHER = TeacherIdentity(
+    name="formula", architecture={"depth": 2}, weights_sha256="0" * 64, preprocessing={"sweeps": 1}
+)
 
 
 def header(samples: int = 11, block: int = 4, signals: dict[str, Any] | None = None, **changes: Any) -> Header:
@@ -74,3 +79,39 @@ def write(path: Path, described: Header, order: int = 1) -> Manifest:
 def tree(path: Path) -> dict[str, bytes]:
     """Return the content of all files under ``path``."""
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def nothing() -> None:
+    """Do nothing."""
+
+
+DIED = 77
+
+
+def write_and_die(path: Path, described: Header, call: str, count: int) -> None:
+    """Write a cache, but end the process without any clean-up at the ``count``-th call of ``os.<call>``."""
+    before, left = getattr(os, call), [count]
+
+    def dying(*arguments: Any, **keywords: Any) -> Any:
+        if left[0] == 0:
+            os._exit(DIED)
+        left[0] -= 1
+        return before(*arguments, **keywords)
+
+    setattr(os, call, dying)
+    write(path, described)
+
+
+class CachedMaps(Dataset[torch.Tensor]):
+    """The map ``bev_low`` of a cache, for loader workers."""
+
+    def __init__(self, reader: CacheReader) -> None:
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        value = self.reader.signal(self.reader.tokens[index], "bev_low")
+        assert isinstance(value, torch.Tensor)
+        return value

@@ -166,7 +166,10 @@ def test_a_view_moves_the_intrinsics_with_the_pixels(open_source: Open) -> None:
     view = ImageView.cover((900, 1600), 256, 704)
     whole = source.load(token, frozenset({"camera"}))
     part = source.load(token, frozenset({"camera"}), {"CAM_BACK": view, "CAM_FRONT": view})
-    assert whole.images is not None and whole.rig is not None and part.images is not None and part.rig is not None
+    assert whole.images is not None
+    assert whole.rig is not None
+    assert part.images is not None
+    assert part.rig is not None
     assert whole.images.shape == (6, 3, 900, 1600)
     assert part.images.shape == (2, 3, 256, 704)
     assert part.rig.names == ("CAM_FRONT", "CAM_BACK")  # the rig's order, whatever the order of the views

@@ -32,6 +32,16 @@ def devkit(world: Path) -> Any:
     return NuScenes(VERSION_FOLDER, str(world), verbose=False)
 
 
+def rotation(devkit: Any, sample_data: str) -> np.ndarray:
+    """Return the rotation from a sensor to the global frame."""
+    from pyquaternion import Quaternion
+
+    record = devkit.get("sample_data", sample_data)
+    turns = (devkit.get(table, record[f"{table}_token"])["rotation"] for table in ("ego_pose", "calibrated_sensor"))
+    first, second = (Quaternion(turn).rotation_matrix for turn in turns)
+    return np.asarray(first @ second)
+
+
 def test_all_files_of_the_world_are_whole(source: NuScenesSource) -> None:
     assert source.check(source.tokens, frozenset({"lidar", "camera", "radar"})) == []
 
@@ -69,7 +79,10 @@ def test_five_radars_equal_the_devkits_clouds(source: NuScenesSource, devkit: An
         np.testing.assert_allclose(ours[:, :3], cloud.points[:3].T, atol=1e-4)
         np.testing.assert_allclose(ours[:, 5], cloud.points[5], atol=1e-6)
         np.testing.assert_allclose(ours[:, 6], lags[0], atol=1e-6)
-        # The devkit leaves velocities in each sensor's frame; turning them keeps the speed, but for the car's tilt.
+        velocity = np.concatenate([cloud.points[8:10], np.zeros((1, len(ours)))])
+        turned = rotation(devkit, sample["data"]["LIDAR_TOP"]).T @ rotation(devkit, sample["data"][name]) @ velocity
+        newest = np.isclose(ours[:, 6], ours[:, 6].min())
+        np.testing.assert_allclose(ours[newest, 3:5], turned[:2].T[newest], atol=1e-5)
         np.testing.assert_allclose(ours[:, 3:5].norm(dim=1), np.hypot(*cloud.points[8:10]), atol=1e-2)
     assert start == len(radar) > 0
 

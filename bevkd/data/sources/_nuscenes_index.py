@@ -1,10 +1,10 @@
 """The frame index: all that bevkd needs of the nuScenes tables, as memory-mapped arrays.
 
-The tables of v1.0-trainval are 2.5 GB of JSON that take minutes and many GB to read, in every process that opens them.
+The tables of v1.0-trainval are gigabytes of JSON that take minutes to read, in every process that opens them.
 The index is built from them once and afterwards opens in milliseconds; loader workers share its pages.
 
 It lies in a cache folder under the SHA-256 of the tables' content, so that every copy of the same tables shares one
-index and an edited table never meets an old one. Hashing 2.5 GB at each start would be slow, so a small file maps
+index and an edited table never meets an old one. Hashing gigabytes at each start would be slow, so a small file maps
 (path, size, modification time) of the tables to that SHA-256; only when this key is new is the content read.
 """
 

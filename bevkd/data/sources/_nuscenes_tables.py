@@ -1,14 +1,14 @@
 """The JSON tables of a data set in nuScenes format, read as columns and checked to fit together.
 
 The tables are read directly, not through ``NuScenes(...)``: the devkit keeps every record as a dict for as long as it
-lives and adds reverse indices, which takes about 10 GB for v1.0-trainval. Here each table becomes arrays at once.
+lives and adds reverse indices, which takes many gigabytes for v1.0-trainval. Here tables become columns piece by piece.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -173,30 +173,60 @@ def _unreadable(name: str, error: OSError) -> str:
 
 
 def _read_table(folder: Path, name: str, fields: Mapping[str, Kind], faults: list[str]) -> dict[str, Column]:
+    """Return the columns of a table; adds a fault for each field that is wrong and returns nothing then."""
+    pieces: dict[str, list[Column]] = {field: [_column([], kind)] for field, kind in fields.items()}
+    before, start = len(faults), 0
     try:
-        records = json.loads((folder / f"{name}.json").read_bytes())
+        for records in _chunks((folder / f"{name}.json").read_text(encoding="utf-8")):
+            for field in list(pieces):
+                try:
+                    values = [record[field] for record in records]
+                    pieces[field].append(_column(values, fields[field]))
+                except (LookupError, TypeError, ValueError):
+                    faults.append(f"{name}.json: {_first_fault(records, field, fields[field], start)}")
+                    del pieces[field]  # one fault per field
+            start += len(records)
     except OSError as error:
         faults.append(_unreadable(name, error))
-        return {}
     except ValueError as error:
-        faults.append(f"{name}.json: is not JSON ({error})")
+        faults.append(f"{name}.json: is not a JSON list of records ({error})")
+    if len(faults) > before:
         return {}
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        faults.append(f"{name}.json: is not a list of records")
-        return {}
-    table: dict[str, Column] = {}
-    for field, kind in fields.items():
-        lacking = [row for row, record in enumerate(records) if field not in record]
-        if lacking:
-            faults.append(f"{name}.json: {len(lacking)} record(s) have no '{field}', first is number {lacking[0]}")
-            continue
-        values = [record[field] for record in records]
-        column = _column(values, kind)
-        if column is None:
-            faults.append(f"{name}.json: '{field}' is not {_MEANING[kind]} in record {_first_wrong(values, kind)}")
-        else:
-            table[field] = column
-    return table if len(table) == len(fields) else {}
+    return {field: _joined(parts) for field, parts in pieces.items()}
+
+
+def _chunks(text: str, size: int = 20_000) -> Iterator[list[dict[str, Any]]]:
+    """Yield the records of a JSON list in chunks; raises ValueError if it is none.
+
+    A record as a dict takes several times its place in columns, and the largest table has millions: never all at once.
+    """
+    decode = json.JSONDecoder().raw_decode
+    records: list[dict[str, Any]] = []
+    position = _skip_space(text, 0)
+    if text[position : position + 1] != "[":
+        raise ValueError("it does not begin with [")
+    position = _skip_space(text, position + 1)
+    while text[position : position + 1] != "]" or records:
+        record, position = decode(text, position)
+        if not isinstance(record, dict):
+            raise ValueError(f"it holds a {type(record).__name__}")
+        records.append(record)
+        position = _skip_space(text, position)
+        last = text[position : position + 1] != ","
+        if last or len(records) == size:
+            yield records
+            records = []
+        if last:
+            break
+        position = _skip_space(text, position + 1)
+    if text[position : position + 1] != "]" or _skip_space(text, position + 1) < len(text):
+        raise ValueError(f"it does not go on as a list at character {position}")
+
+
+def _skip_space(text: str, position: int) -> int:
+    while text[position : position + 1].isspace():
+        position += 1
+    return position
 
 
 _MEANING: Mapping[Kind, str] = {
@@ -211,29 +241,45 @@ _MEANING: Mapping[Kind, str] = {
 _SHAPES: Mapping[Kind, tuple[int, ...]] = {"vector3": (3,), "quaternion": (4,), "matrix3": (3, 3)}
 
 
-def _column(values: list[Any], kind: Kind) -> Column | None:
-    """Return the values as a list of texts or an array, or None if one of them is not of ``kind``."""
-    if kind == "text":
-        return values if all(isinstance(value, str) for value in values) else None
-    if kind == "texts":
-        fine = all(isinstance(value, list) and all(isinstance(text, str) for text in value) for value in values)
-        return values if fine else None
+def _column(values: list[Any], kind: Kind) -> Column:
+    """Return the values as a list of texts or an array; raises TypeError or ValueError if one is not of ``kind``."""
+    if kind in ("text", "texts"):
+        fine = (isinstance(value, str) if kind == "text" else _is_texts(value) for value in values)
+        if not all(fine):
+            raise TypeError(kind)
+        return values
     if kind in ("flag", "whole"):
         wanted = bool if kind == "flag" else int
-        fine = all(type(value) is wanted for value in values)
-        return np.array(values, dtype=np.bool_ if kind == "flag" else np.int64) if fine else None
+        if not all(type(value) is wanted for value in values):
+            raise TypeError(kind)
+        return np.array(values, dtype=np.bool_ if kind == "flag" else np.int64)
     if kind == "matrix3":
         values = [value if value else np.zeros((3, 3)) for value in values]
-    try:
-        array = np.array(values, dtype=np.float64).reshape(len(values), *_SHAPES[kind])
-    except (ValueError, TypeError):
-        return None
-    proper = np.isfinite(array).all() and not (kind == "quaternion" and (np.linalg.norm(array, axis=1) < 1e-6).any())
-    return array if proper else None
+    array = np.array(values, dtype=np.float64).reshape(len(values), *_SHAPES[kind])
+    if not np.isfinite(array).all() or (kind == "quaternion" and (np.linalg.norm(array, axis=1) < 1e-6).any()):
+        raise ValueError(kind)
+    return array
 
 
-def _first_wrong(values: list[Any], kind: Kind) -> int:
-    return next(row for row, value in enumerate(values) if _column([value], kind) is None)
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _joined(parts: list[Column]) -> Column:
+    arrays = [part for part in parts if isinstance(part, np.ndarray)]
+    return np.concatenate(arrays) if arrays else [value for part in parts for value in part]
+
+
+def _first_fault(records: list[dict[str, Any]], field: str, kind: Kind, start: int) -> str:
+    """Return what is wrong with the first record whose ``field`` is missing or not of ``kind``."""
+    for row, record in enumerate(records, start):
+        if field not in record:
+            return f"record {row} has no '{field}'"
+        try:
+            _column([record[field]], kind)
+        except (TypeError, ValueError):
+            return f"'{field}' of record {row} is not {_MEANING[kind]}, it is {record[field]!r}"
+    raise AssertionError("only called when a record is wrong")
 
 
 def _follow(

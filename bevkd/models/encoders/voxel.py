@@ -14,7 +14,7 @@ from bevkd.data.collate import Batch
 from bevkd.data.source import Sensor
 from bevkd.errors import ConfigError
 from bevkd.grid import BEVGrid
-from bevkd.models.sparse import ResidualBlock, down_conv, sparse_tensor, sub_m_block
+from bevkd.models.sparse import ResidualBlock, down_conv, sparse_tensor, sub_m_block, to_dense
 from bevkd.models.voxelize import voxelize
 
 SENSORS: frozenset[Sensor] = frozenset({"lidar"})
@@ -89,7 +89,7 @@ class VoxelEncoder(nn.Module):
             sparse = self.conv_input(sparse_tensor(features, indices, self.shape, len(batch)))
             for stage in self.stages:
                 sparse = stage(sparse)
-            return self.conv_out(sparse).dense().flatten(1, 2)  # type: ignore[no-any-return]
+            return to_dense(self.conv_out(sparse)).flatten(1, 2)
 
 
 def _residuals(channels: int, count: int, key: str) -> nn.Sequential:

@@ -1,0 +1,253 @@
+"""The demo: plenty of driving, few labels, and a teacher that is run once.
+
+A LiDAR teacher learns from the labelled tenth of a generated world and is cached over all of it. Two camera students
+with the same start, steps and seed follow: one learns from the labelled tenth, the other also from the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bevkd.cache.reader import CacheReader
+from bevkd.data.collate import collate
+from bevkd.data.join import FrameDataset
+from bevkd.errors import TrainingError
+from bevkd.models.detector import Detector, view_of
+from bevkd.models.weights import load_weights
+from bevkd.progress import Progress
+from bevkd.training.tracking import read_log
+from bevkd.types import Boxes
+from pipeline.cache_teacher import bytes_per_frame, cache_teacher
+from pipeline.parts import open_source
+from pipeline.recipe import TrainRecipe, load_cache, load_student, load_train
+from pipeline.train_teacher import train_teacher
+from pipeline.world import make_world
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+ROLES = {"teacher": "teacher", "plain": "student", "distilled": "distilled"}
+"""Run folder of the demo, and the role it has in pictures."""
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found.
+
+    Attributes:
+        rows: per run its metrics, seconds per step and peak memory.
+        cache_bytes_per_frame: of the teacher's cache.
+        pictures: PNG files.
+    """
+
+    rows: dict[str, dict[str, Any]]
+    cache_bytes_per_frame: float
+    pictures: tuple[Path, ...]
+    seconds: float
+
+    @property
+    def gain(self) -> float:
+        """Mean AP over the classes present, distilled minus plain."""
+        scores = {run: row["metrics"]["mean_ap_present"] for run, row in self.rows.items()}
+        return float(scores["distilled"] - scores["plain"])
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the table must know."""
+        return (
+            f"Distillation: {100 * self.gain:+.1f} points of mean AP over the classes present, within 25 m.",
+            "The distilled student also saw the unlabelled nine tenths of the frames, with boxes from the teacher: "
+            "teacher-labelled frames are extra data, which the plain student does not have.",
+            f"Cache: {self.cache_bytes_per_frame / 1e3:.1f} kB per frame. Pictures: "
+            + ", ".join(str(path) for path in self.pictures),
+            f"{self.seconds / 60:.1f} minutes.",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as plain values."""
+        return {
+            "rows": self.rows,
+            "gain": self.gain,
+            "cache_bytes_per_frame": self.cache_bytes_per_frame,
+            "pictures": [str(path) for path in self.pictures],
+            "seconds": self.seconds,
+        }
+
+
+def run_demo(out: Path, seed: int, progress: Progress) -> DemoResult:
+    """Tell the whole story in ``out``; what an earlier call finished is not done again."""
+    started = time.monotonic()
+    world, cache = out / "world", out / "cache"
+    progress.note("1/5 a world: 200 short drives, five classes, six cameras and a LiDAR")
+    make_world(world, "demo", None, 0, progress)
+
+    progress.note("2/5 a LiDAR teacher, trained on the labelled tenth of the frames")
+    teacher = load_train("demo_teacher", _overrides(world, seed))
+    if not _finished(out / "teacher"):
+        train_teacher(teacher, out / "teacher", resume=True, progress=progress)
+
+    progress.note("3/5 the teacher's knowledge of all frames, cached once")
+    recipe = load_cache("demo_cache", [f"data.root={world}", f"teacher.run={out / 'teacher'}"])
+    cache_teacher(recipe, str(cache), None, progress)
+
+    progress.note("4/5 two camera students side by side: plain, and distilled from the cache")
+    _train_students(out, world, cache, seed, progress)
+
+    progress.note("5/5 pictures")
+    rows = {run: json.loads((out / run / "result.json").read_text(encoding="utf-8")) for run in ROLES}
+    pictures = _draw(out, teacher, load_student("demo_student", _overrides(world, seed)), rows)
+    size = bytes_per_frame(CacheReader.open(cache).manifest)
+    result = DemoResult(rows, size, pictures, time.monotonic() - started)
+    (out / "result.json").write_text(json.dumps(result.to_json(), indent=1), encoding="utf-8")
+    return result
+
+
+def result_table(result: DemoResult) -> Table:
+    """Return the demo's table."""
+    from rich.table import Table
+
+    table = Table(title="Validation frames, within 25 m", title_justify="left")
+    table.add_column("")
+    for heading in ("mean AP, classes present", "mAP, ten classes", "NDS", "s / step", "peak memory GB"):
+        table.add_column(heading, justify="right")
+    names = {"teacher": "LiDAR teacher", "plain": "camera student, plain", "distilled": "camera student, distilled"}
+    for run, row in result.rows.items():
+        metrics = row["metrics"]
+        table.add_row(
+            names[run],
+            f"{100 * metrics['mean_ap_present']:.1f}",
+            f"{100 * metrics['mAP']:.1f}",
+            f"{100 * metrics['NDS']:.1f}",
+            f"{row['step_seconds']:.3f}",
+            f"{row['peak_memory_bytes'] / 1e9:.2f}",
+        )
+    return table
+
+
+def _overrides(world: Path, seed: int) -> list[str]:
+    return [f"data.root={world}", f"evaluation.data.root={world}", f"training.seed={seed}"]
+
+
+def _finished(run: Path) -> bool:
+    return (run / "result.json").exists()
+
+
+def _train_students(out: Path, world: Path, cache: Path, seed: int, progress: Progress) -> None:
+    """Train both students at once, as the commands that a user would type, on one thread each."""
+    settings = [part for override in _overrides(world, seed) for part in ("--set", override)]
+    commands = {
+        "plain": ["demo_student", "--out", str(out / "plain"), *settings],
+        "distilled": [
+            "demo_student_distilled",
+            "--out",
+            str(out / "distilled"),
+            "--cache",
+            f"teacher={cache}",
+            *settings,
+        ],
+    }
+    logs = {run: out / f"{run}.log" for run in commands}
+    processes = {}
+    for run, arguments in commands.items():
+        if not _finished(out / run):
+            progress.note(f"$ bevkd train-student {' '.join(arguments)}")
+            processes[run] = _start([*arguments, "--resume"], logs[run])
+    _follow({run: out / run for run in processes}, list(processes.values()), progress)
+    failed = [run for run, process in processes.items() if process.returncode != 0]
+    if failed:
+        tail = "\n".join(logs[failed[0]].read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
+        raise TrainingError(f"the student '{failed[0]}' failed; the end of {logs[failed[0]]} says:\n{tail}")
+
+
+def _start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start ``bevkd train-student`` with its output in ``log``."""
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "cli", "train-student", *arguments],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+
+def _follow(runs: dict[str, Path], processes: list[subprocess.Popen[bytes]], progress: Progress) -> None:
+    """Show the steps of all runs together until their processes end; end them with this one."""
+    total = sum(load_train_steps(run) for run in runs)
+    done = 0
+    try:
+        with progress.task("training both students", total, "step") as task:
+            while any(process.poll() is None for process in processes):
+                time.sleep(0.5)
+                logs = {name: read_log(run) for name, run in runs.items()}
+                steps = sum(log[-1]["step"] for log in logs.values() if log)
+                losses = {f"{name}_loss": log[-1]["loss"] for name, log in logs.items() if log}
+                task.advance(steps - done, **losses)
+                done = steps
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+
+
+def load_train_steps(recipe_run: str) -> int:
+    """Return the steps of the demo's student of that name."""
+    name = "demo_student" if recipe_run == "plain" else "demo_student_distilled"
+    return load_student(name, []).training.steps
+
+
+def _draw(
+    out: Path, teacher: TrainRecipe, student: TrainRecipe, rows: dict[str, dict[str, Any]]
+) -> tuple[Path, ...]:
+    """Draw the frame with most objects nearby, as ground truth, teacher and students see it."""
+    from bevkd.viz import DemoResults, demo_pages, save
+
+    assert student.evaluation is not None
+    source = open_source(student.evaluation.data, frozenset())
+    token = max(source.tokens, key=lambda each: int((source.annotations(each).center.norm(dim=1) < 20).sum()))
+    boxes: dict[str, Boxes] = {"ground_truth": source.annotations(token)}
+    features = {}
+    for run, role in ROLES.items():
+        recipe = teacher if run == "teacher" else student
+        detector = Detector(recipe.detector, tuple(recipe.data.classes)).eval()
+        load_weights(out / run / "model.safetensors", detector)
+        with torch.inference_mode():
+            output = detector(collate([FrameDataset(source, [token], view_of(recipe.detector))[0]]))
+        boxes[role] = detector.head.decode(output.head)[0]
+        features[role] = output.bev_high[0]
+    pages = demo_pages(
+        DemoResults(
+            frame=source.load(token, frozenset({"lidar", "camera"})),
+            grid=student.detector.grid,
+            classes=source.classes,
+            boxes=boxes,  # type: ignore[arg-type]
+            features=features,  # type: ignore[arg-type]
+            ap={
+                role: {name: score["ap"] for name, score in rows[run]["metrics"]["per_class"].items()}
+                for run, role in ROLES.items()
+            },  # type: ignore[arg-type]
+            losses={role: _curve(out / run) for run, role in ROLES.items() if run != "teacher"},  # type: ignore[misc]
+            loss_title="Detection loss on labelled frames",
+        )
+    )
+    return tuple(save(page, out / "pictures" / f"{name}.png") for name, page in pages.items())
+
+
+def _curve(run: Path) -> list[tuple[int, float]]:
+    """Return the detection loss by step, smoothed over neighbouring lines of the log."""
+    lines = read_log(run)
+    values = [line["detection/heatmap"] + line["detection/box"] for line in lines]
+    window = 5
+    return [
+        (lines[index]["step"], sum(values[max(0, index - window) : index + 1]) / len(values[max(0, index - window) : index + 1]))
+        for index in range(len(values))
+    ]
