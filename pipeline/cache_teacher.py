@@ -120,8 +120,8 @@ def _infer(
     for batch in batches:
         signals = teacher.infer(batch)
         for index in range(len(batch.tokens)):
-            yield _sample(signals, spec, index)
             task.advance()
+            yield _sample(signals, spec, index)
 
 
 def _sample(signals: Signals, spec: CacheSpec, index: int) -> dict[str, torch.Tensor | Boxes]:

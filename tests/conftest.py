@@ -6,6 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import settings
+
+# The same examples in every run, and no deadline: a shared runner may stall for longer than any useful one.
+settings.register_profile("bevkd", derandomize=True, deadline=None)
+settings.load_profile("bevkd")
+
+# One thread gives the same sums on every machine, and is the fastest for tensors of this size.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -80,6 +80,10 @@ def link(temp: Path, final: Path) -> bool:
         os.link(temp, final)
     except FileExistsError:
         return False
+    except FileNotFoundError:  # another process has sealed the cache and removed all temporary files
+        if final.exists():
+            return False
+        raise
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
@@ -116,11 +120,15 @@ def create(final: Path, data: bytes) -> bool:
 
 def replace(final: Path, data: bytes) -> None:
     """Write a file atomically, over one that may exist."""
-    temp = _write(final, data)
-    try:
-        temp.replace(final)
-    finally:
-        temp.unlink(missing_ok=True)
+    while True:
+        temp = _write(final, data)
+        try:
+            temp.replace(final)
+            break
+        except FileNotFoundError:  # another process has removed all temporary files, to seal the cache: write it again
+            continue
+        finally:
+            temp.unlink(missing_ok=True)
     sync_folder(final.parent)
 
 

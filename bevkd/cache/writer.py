@@ -271,10 +271,11 @@ class CacheWriter:
     def _discard(self, temp: Path) -> None:
         """Remove a temporary shard; if it was published but its block not committed, the published one as well."""
         final = files.final_of(temp)
-        if final is not None and temp.exists() and final.exists() and final.samefile(temp):
-            block = final.name.split(".")[1]
-            if not (self.folder / COMMITS / f"{block}.json").exists():
-                final.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if final is not None and final.samefile(temp):
+                block = int(final.name.split(".")[1])
+                if not self._record_path(block).exists():
+                    final.unlink()
         temp.unlink(missing_ok=True)
 
 

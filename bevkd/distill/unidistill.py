@@ -151,7 +151,8 @@ class UniDistill(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return student and teacher vectors at the nine points of every box."""
         swap = self.config.legacy_xy_swap
-        own = self.adapters[stage](own) if stage in self.adapters else own
+        # Losses run outside autocast, so a half-precision map has to be widened for the adapter's weights.
+        own = self.adapters[stage](own.float()) if stage in self.adapters else own
         theirs = teacher.canonical.need(stage)
         return sample_at(own, points, self.grid, swap), sample_at(theirs, canonical, self.grid, swap)
 

@@ -101,7 +101,8 @@ def sparse_tensor(
     features: Float[Tensor, "V C"], indices: Int[Tensor, "V 4"], shape: tuple[int, int, int], batch_size: int
 ) -> Any:
     """Return spconv's sparse tensor; ``indices`` are (frame, z, y, x) and ``shape`` is (z, y, x)."""
-    return load_spconv().SparseConvTensor(features, indices.int(), list(shape), batch_size)
+    # spconv reads the memory as it lies, whatever the strides.
+    return load_spconv().SparseConvTensor(features.contiguous(), indices.int().contiguous(), list(shape), batch_size)
 
 
 def to_dense(sparse: Any) -> Float[Tensor, "B C Z Y X"]:

@@ -217,7 +217,8 @@ def _solid(
 
     # Leaves: ragged towards the rim of the crown.
     angle = np.arctan2(ly, lx) * parts.half_length[part]
-    ragged = noise(3.1 * angle + 7.0 * part, 3.1 * h * tall + 3.0 * part)
+    inward = parts.half_length[part] * np.hypot(lx, ly)
+    ragged = noise(3.1 * angle + 7.0 * part, 3.1 * (h * tall + inward) + 3.0 * part)
     rim = np.abs(2 * h - 1) ** 2
     open_leaf = ragged < 0.34 + 0.3 * rim
     # Wheels: the disc on the sides of the axle's box.

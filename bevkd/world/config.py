@@ -61,7 +61,7 @@ class WorldConfig(StrictModel):
     lidar_dropout: float = Field(0.08, ge=0, lt=1, description="Share of LiDAR returns that are lost.")
     classes: dict[ClassName, float] = Field(
         default_factory=lambda: dict(_COMMON_CLASSES),
-        description="Mean number of objects per scene of each class that occurs.",
+        description="Mean number of objects of each class per scene; more on a long drive, at the same density.",
     )
     clutter: float = Field(1.0, ge=0, le=4, description="Density of unlabelled poles, bins, bushes, kiosks and trees.")
     terrain: Literal["flat", "hills"] = Field("flat", description="hills: uneven ground and camera pitch jitter.")

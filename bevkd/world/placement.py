@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from bevkd.world.config import WorldConfig
 from bevkd.world.objects import ObjectClass, Rng
 from bevkd.world.street import LANE_M, PARKING_M, Street
 
@@ -27,9 +26,8 @@ class Spot:
     gap: float = 0.3
 
 
-def spots(config: WorldConfig, street: Street, cls: ObjectClass, rng: Rng) -> Iterator[Spot]:
-    """Yield random spots for objects of ``cls`` without end."""
-    reach = config.spawn_range_m
+def spots(street: Street, cls: ObjectClass, reach: float, rng: Rng) -> Iterator[Spot]:
+    """Yield random spots for objects of ``cls`` without end, within ``reach`` metres along the road."""
     if cls.name in ("traffic_cone", "barrier"):
         yield from _rows(street, cls, reach, rng)
     draw = _BY_CLASS.get(cls.name, _vehicle)

@@ -146,7 +146,7 @@ def draw_scene(config: WorldConfig, index: int) -> Scene:
     light = _draw_light(rng)
     ego = _draw_ego(street, config.duration_s, rng)
     crowd = _Crowd(config, street, ego)
-    actors = _draw_actors(config, street, crowd, rng)
+    actors = _draw_actors(config, street, ego, crowd, rng)
     beside = [*curb_parts(street), *building_parts(street, rng), *_draw_clutter(config, street, crowd, rng)]
     static = _settle(stack([(-1, beside)]), street)
     local = stack([(i, actor.parts) for i, actor in enumerate(actors)])
@@ -234,14 +234,16 @@ class _Crowd:
         self._discs = np.concatenate([self._discs, self._cover(motion, length, width)], axis=1)
 
 
-def _draw_actors(config: WorldConfig, street: Street, crowd: _Crowd, rng: Rng) -> list[Actor]:
+def _draw_actors(config: WorldConfig, street: Street, ego: Motion, crowd: _Crowd, rng: Rng) -> list[Actor]:
     actors: list[Actor] = []
     # Large things first: they are the hardest to find room for.
+    # A long drive needs objects all along its way, at the same density.
+    reach = max(config.spawn_range_m, 30.0 + ego.speed * config.duration_s / 2)
     names = sorted(config.classes, key=lambda name: -CLASSES[name].size_m[0] * CLASSES[name].size_m[1])
     for name in names:
         cls = CLASSES[name]
-        wanted = int(rng.poisson(config.classes[name]))
-        found: Iterator[Spot] = spots(config, street, cls, rng)
+        wanted = int(rng.poisson(config.classes[name] * reach / config.spawn_range_m))
+        found: Iterator[Spot] = spots(street, cls, reach, rng)
         for _ in range(wanted):
             drawn = draw_size(cls, rng)
             for _ in range(15):

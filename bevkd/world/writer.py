@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def write_world(
         progress: called after each scene.
 
     Raises:
-        WorldError: the folder holds anything else.
+        WorldError: the folder holds anything else, or writing failed.
     """
     out = Path(out_dir)
     if _is_complete(config, out):
@@ -60,6 +61,10 @@ def write_world(
                 progress(done, config.scenes)
         _write_tables(config, out, [tables for tables in scenes if tables is not None])
         (out / _UNSEALED).rename(out / SEAL)
+    except BrokenProcessPool as error:
+        raise WorldError(
+            f"a worker died while writing {out}, perhaps for lack of memory. Run again to go on."
+        ) from error
     except OSError as error:
         raise WorldError(f"cannot write the world to {out}: {error}. Free space or choose another folder.") from error
     return out

@@ -1,6 +1,6 @@
 """Measures reading against its limit (pread + decompression) and zarr-python; not a test.
 
-Run ``python tests/cache/bench_reader.py``: prints the table of docs/design/0002-cache.md.
+Run ``python -m tests.cache.bench_reader``: prints the table of docs/design/0002-cache.md.
 """
 
 from __future__ import annotations

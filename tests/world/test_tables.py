@@ -12,7 +12,7 @@ from nuscenes.eval.detection.utils import category_to_detection_name, detection_
 from nuscenes.utils.splits import get_scenes_of_split
 from pyquaternion import Quaternion
 
-from bevkd.world import TRAIN_SPLIT, VAL_SPLIT, WorldConfig
+from bevkd.world import TRAIN_SPLIT, VAL_SPLIT, VERSION_FOLDER, WorldConfig, world_preset, write_world
 from bevkd.world.objects import CLASSES
 from bevkd.world.rig import CAMERAS, RIG
 from bevkd.world.scene import draw_scene
@@ -145,3 +145,30 @@ def test_the_ego_vehicle_drives_on_the_drivable_area_of_the_map(nusc: NuScenes) 
 def test_the_config_is_recorded(world: Path, config: WorldConfig) -> None:
     record = json.loads((world / "world.json").read_text())
     assert WorldConfig.model_validate(record["config"]) == config
+
+
+def test_all_ten_classes_and_camera_sweeps_can_be_written(tmp_path: Path) -> None:
+    config = world_preset("tiny", scenes=2, classes=dict.fromkeys(CLASSES, 3.0), camera_sweeps=True, lidar_azimuths=90)
+    nusc = NuScenes(VERSION_FOLDER, str(write_world(config, tmp_path / "w", workers=1)), verbose=False)
+    found = {category_to_detection_name(row["category_name"]) for row in nusc.sample_annotation}
+    assert found == set(CLASSES)
+    for sample in nusc.sample:
+        for mount in RIG:
+            key = nusc.get("sample_data", sample["data"][mount.channel])
+            assert not nusc.get("sample_data", key["prev"])["is_key_frame"]
+
+
+def test_a_world_without_objects_is_valid(tmp_path: Path) -> None:
+    config = world_preset("tiny", scenes=2, classes={"bus": 0.0}, clutter=0.0, lidar_azimuths=90, sweeps_per_keyframe=0)
+    nusc = NuScenes(VERSION_FOLDER, str(write_world(config, tmp_path / "w", workers=1)), verbose=False)
+    assert nusc.sample_annotation == []
+    assert len(nusc.sample_data) == 2 * 2 * len(RIG)
+
+
+def test_a_long_drive_meets_objects_all_along_its_way() -> None:
+    config = world_preset("tiny", keyframes_per_scene=40)
+    for index in range(12):
+        scene = draw_scene(config, index)
+        end = scene.ego_pose_at(config.duration_s).translation[:2]
+        last = scene.actors_at(config.duration_s).centre[:, :2]
+        assert (np.linalg.norm(last - end, axis=1) < 40).sum() >= 2

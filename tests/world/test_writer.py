@@ -52,6 +52,9 @@ def test_an_interrupted_run_is_completed(world: Path, config: WorldConfig, tmp_p
         write_world(config, tmp_path / "w", workers=1, progress=stop)
     assert not (tmp_path / "w" / VERSION_FOLDER).exists()
     assert not (tmp_path / "w" / "world.json").exists()
+    # A run that died while it wrote the tables leaves some of them behind.
+    (tmp_path / "w" / f"{VERSION_FOLDER}.partial").mkdir()
+    (tmp_path / "w" / f"{VERSION_FOLDER}.partial" / "old.json").write_text("[")
     calls: list[tuple[int, int]] = []
     write_world(config, tmp_path / "w", workers=1, progress=lambda done, total: calls.append((done, total)))
     assert calls == [(1, 3), (2, 3), (3, 3)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bevkd.config import PluginConfig, StrictModel
 from bevkd.data.collate import Batch
 from bevkd.data.source import Sensor
-from bevkd.errors import CheckpointError
+from bevkd.errors import CheckpointError, ConfigError
 from bevkd.grid import BEVGrid
 from bevkd.models.bev_encoder import conv_bn_relu
 from bevkd.models.splat import splat
@@ -26,9 +26,15 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class DepthBins(StrictModel):
     """Depth bins along the optical axis: ``start``, ``start + step``, ... below ``stop``, metres."""
 
-    start: float = Field(2.0, gt=0)
+    start: float = Field(default=2.0, gt=0)
     stop: float = 58.0
-    step: float = Field(0.5, gt=0)
+    step: float = Field(default=0.5, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.stop - self.start <= self.step / 2:
+            raise ValueError(f"stop must lie beyond start, got start {self.start} and stop {self.stop}")
+        return self
 
     def values(self) -> Float[Tensor, "D"]:
         """Return the depth of each bin in metres."""
@@ -71,8 +77,8 @@ class Config(PluginConfig):
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name, size in (("image_height", self.image_height), ("image_width", self.image_width)):
-            if size % 32:
-                raise ValueError(f"{name} must be a multiple of 32, got {size}")
+            if size <= 0 or size % 32:
+                raise ValueError(f"{name} must be a positive multiple of 32, got {size}")
         return self
 
 
@@ -110,6 +116,11 @@ class LiftSplatEncoder(nn.Module):
         super().__init__()
         self.grid, self.stride, self.out_channels = grid, config.stride, config.channels
         self.backbone, widths, strides = _backbone(config.backbone)
+        if config.stride not in strides:
+            raise ConfigError(
+                f"detector.encoder.stride is {config.stride}, but the backbone's stages have the strides "
+                f"{', '.join(map(str, strides))}. Set one of them, or change backbone.options.out_features."
+            )
         self.neck = ImageNeck(widths, strides, config.stride, config.neck_channels)
         self.register_buffer("depths", config.depth.values(), persistent=False)
         self.register_buffer("mean", torch.tensor(_IMAGENET_MEAN).view(3, 1, 1), persistent=False)
@@ -129,12 +140,13 @@ class LiftSplatEncoder(nn.Module):
         stages = self.backbone((images - self.mean) / self.std).feature_maps
         feature = self.neck(list(stages))
         H, W = feature.shape[-2:]
-        pixels = self._pixels(H, W)
-        rays = _rays(pixels, batch.intrinsics.flatten(0, 1))
+        # Half precision would move pixels by several cells.
+        with torch.autocast(feature.device.type, enabled=False):
+            rays = _rays(self._pixels(H, W), batch.intrinsics.flatten(0, 1))
+            cells = self._cells(rays, batch.bev_from_camera.flatten(0, 1))
         plane = rays[..., :2].permute(0, 2, 1).reshape(B * N, 2, H, W).to(feature.dtype)
         lifted = self.depth_net(torch.cat([feature, plane], dim=1))
         depth, context = lifted.flatten(2).permute(0, 2, 1).split([len(self.depths), self.out_channels], dim=-1)
-        cells = self._cells(rays, batch.bev_from_camera.flatten(0, 1))
         bev = splat(
             depth.float().softmax(dim=-1).reshape(B, N * H * W, -1),
             context.reshape(B, N * H * W, -1),
@@ -174,12 +186,7 @@ def _backbone(config: BackboneConfig) -> tuple[nn.Module, list[int], list[int]]:
     from transformers import AutoBackbone, AutoConfig
 
     if config.weights is not None:
-        if not config.weights.is_dir():
-            raise CheckpointError(
-                f"backbone weights: no such folder {config.weights}. Give a local folder with config.json and "
-                "model.safetensors, or set model.encoder.backbone.weights: null for a random start."
-            )
-        network = AutoBackbone.from_pretrained(config.weights, **config.options)
+        network = _pretrained(config.weights, config.options)
     else:
         network = AutoBackbone.from_config(AutoConfig.for_model(config.model_type, **config.options))
     side = 128
@@ -188,6 +195,32 @@ def _backbone(config: BackboneConfig) -> tuple[nn.Module, list[int], list[int]]:
         stages = network(torch.zeros(1, 3, side, side)).feature_maps
         network.train()
     return network, [stage.shape[1] for stage in stages], [math.ceil(side / stage.shape[-1]) for stage in stages]
+
+
+def _pretrained(folder: Path, options: dict[str, Any]) -> nn.Module:
+    """Return the image network of a local folder.
+
+    Raises:
+        CheckpointError: there is no such folder, or a weight is missing from it.
+    """
+    from transformers import AutoBackbone, AutoConfig
+
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"backbone weights: no such folder {folder}. Give a local folder with config.json and "
+            "model.safetensors, or set detector.encoder.backbone.weights: null for a random start."
+        )
+    # AutoBackbone.from_pretrained asks the hub even for a local folder; the class behind it does not.
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, **options)
+    network, found = type(AutoBackbone.from_config(config)).from_pretrained(
+        str(folder), config=config, local_files_only=True, output_loading_info=True
+    )
+    if found["missing_keys"]:
+        raise CheckpointError(
+            f"backbone weights in {folder} lack {', '.join(sorted(found['missing_keys'])[:5])}. "
+            "Make detector.encoder.backbone.options fit the folder's config.json."
+        )
+    return network  # type: ignore[no-any-return]
 
 
 def build(config: Config, grid: BEVGrid) -> LiftSplatEncoder:

@@ -46,12 +46,12 @@ class VoxelEncoder(nn.Module):
 
     def __init__(self, config: Config, grid: BEVGrid) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.grid = config, grid
         stride = 2 ** (len(config.channels) - 1)
         for axis, edge in zip("xy", config.voxel_m, strict=False):
             if abs(edge * stride - grid.cell_m) > 1e-6:
                 raise ConfigError(
-                    f"model.encoder.voxel_m: {axis} edge {edge} m times stride {stride} is {edge * stride:g} m, but "
+                    f"detector.encoder.voxel_m: {axis} edge {edge} m times stride {stride} is {edge * stride:g} m, but "
                     f"the grid's cell is {grid.cell_m} m. Set grid.cell_m: {edge * stride:g} or change voxel_m."
                 )
         rows, columns = grid.shape
@@ -72,7 +72,7 @@ class VoxelEncoder(nn.Module):
         height = (height - 3) // 2 + 1
         if height < 1:
             raise ConfigError(
-                f"model.encoder: {self.shape[0]} voxels of {config.voxel_m[2]} m are too few in height for "
+                f"detector.encoder: {self.shape[0]} voxels of {config.voxel_m[2]} m are too few in height for "
                 f"{len(widths)} stages. Use a smaller z edge in voxel_m or fewer channels entries."
             )
         self.out_channels = config.out_channels * height
@@ -86,6 +86,8 @@ class VoxelEncoder(nn.Module):
             features, indices = voxelize(
                 batch.points, batch.point_frame, self.low_m, self.config.voxel_m, self.shape, self.config.max_points
             )
+            if len(features) == 0:  # spconv refuses a batch in which nothing is occupied
+                return features.new_zeros(len(batch), self.out_channels, *self.grid.shape)
             sparse = self.conv_input(sparse_tensor(features, indices, self.shape, len(batch)))
             for stage in self.stages:
                 sparse = stage(sparse)

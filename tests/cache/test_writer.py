@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cache_kit as kit
 import numpy as np
 import pytest
 import torch
@@ -19,6 +18,7 @@ from bevkd.cache.verify import verify
 from bevkd.cache.writer import CacheWriter, estimate_bytes
 from bevkd.errors import CacheError, CacheSpecError
 from bevkd.types import Boxes
+from tests.cache import kit
 
 
 def other_samples(tokens: tuple[str, ...]) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Caches written by earlier versions stay readable: ``golden/v1`` was written once and is never rewritten.
 
-``python tests/cache/test_cache_golden.py FOLDER`` writes a new one, for a new schema version only.
+``python -m tests.cache.test_golden FOLDER`` writes a new one, for a new schema version only.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import cache_kit as kit
 import numpy as np
 import pytest
 import torch
@@ -19,6 +18,7 @@ from bevkd.cache.reader import CacheReader
 from bevkd.cache.verify import verify
 from bevkd.cache.writer import CacheWriter
 from bevkd.types import Boxes
+from tests.cache import kit
 
 GOLDEN = Path(__file__).parent / "golden"
 SHAPES = {"bev_low": (2, 3, 4), "bev_high": (2, 3, 4), "heatmap": (3, 3, 4), "box_code": (1, 10, 3, 4)}

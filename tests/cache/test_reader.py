@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import cache_kit as kit
 import numpy as np
 import pytest
 import torch
@@ -17,15 +17,22 @@ from bevkd.cache.verify import verify
 from bevkd.cache.writer import CacheWriter
 from bevkd.errors import CacheError
 from bevkd.grid import BEVGrid
+from tests.cache import kit
 
 Damage = Callable[[Path], object]
 
 
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sealed") / "cache"
+    kit.write(folder, kit.header())
+    return folder
+
+
 @pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    """A sealed cache of 11 samples in blocks of 4."""
-    kit.write(tmp_path / "cache", kit.header())
-    return tmp_path / "cache"
+def cache(sealed: Path, tmp_path: Path) -> Path:
+    """A sealed cache of 11 samples in blocks of 4, to be damaged."""
+    return shutil.copytree(sealed, tmp_path / "cache")
 
 
 def flip(path: Path, bit: int) -> None:
@@ -130,12 +137,12 @@ def test_a_flipped_bit_in_metadata_raises(cache: Path, name: str) -> None:
     assert verify(cache) == []
 
 
-def test_every_flipped_bit_of_a_shard_raises_or_changes_nothing(cache: Path) -> None:
+def test_a_flipped_bit_of_a_shard_raises_or_changes_nothing(cache: Path) -> None:
     manifest, path = CacheReader.open(cache).manifest, cache / "bev_low_scale" / "c.1.0"
     tokens = manifest.records[1].tokens
     whole = [CacheReader(cache, manifest).read(token, ["bev_low"])["bev_low_scale"] for token in tokens]
     silent = 0
-    for bit in range(len(path.read_bytes()) * 8):
+    for bit in np.random.default_rng(0).permutation(len(path.read_bytes()) * 8)[:400].tolist():
         flip(path, bit)
         try:
             reader = CacheReader(cache, manifest)
@@ -259,8 +266,8 @@ def test_the_contract_names_all_faults_at_once(cache: Path) -> None:
     )
     text = "\n".join(faults)
     for part in (
-        "bev_mid is not stored", "cell 1.0 m", "cell 0.5 m", "wanted are truck, car", "dataset.annotation_digest", "'a1'", "'b2'",
-        "4 of 5 samples are not in the cache: x1, x2, x3, ...",
+        "bev_mid is not stored", "cell 1.0 m", "cell 0.5 m", "wanted are truck, car",
+        "dataset.annotation_digest", "'a1'", "'b2'", "4 of 5 samples are not in the cache: x1, x2, x3, ...",
     ):  # fmt: skip
         assert part in text
     assert len(faults) == 5

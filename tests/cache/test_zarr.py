@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cache_kit as kit
 import numpy as np
 import pytest
 import zarr
@@ -15,6 +14,7 @@ import zarr
 from bevkd.cache.reader import CacheReader
 from bevkd.cache.shard import read_index
 from bevkd.cache.writer import CacheWriter
+from tests.cache import kit
 
 READ_ALL = """
 import json, sys, warnings

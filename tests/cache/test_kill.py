@@ -11,22 +11,24 @@ from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
-import cache_kit as kit
 import pytest
 
 from bevkd.cache.manifest import MANIFEST
 from bevkd.cache.verify import verify
+from tests.cache import kit
 
-HEADER = kit.header(40, block=4)
+HEADER = kit.header(24, block=4, signals={name: kit.SIGNALS[name] for name in ("bev_low", "heatmap", "boxes")})
 
 
 @pytest.fixture(scope="module")
 def context() -> Iterator[ForkServerContext]:
     """Processes forked from a server that has imported everything, so that each starts in milliseconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(kit.__file__).parent), os.environ.get("PYTHONPATH", "")]))
+        patch.setenv(
+            "PYTHONPATH", os.pathsep.join([str(Path(kit.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+        )
         forkserver = multiprocessing.get_context("forkserver")
-        forkserver.set_forkserver_preload(["cache_kit"])
+        forkserver.set_forkserver_preload(["tests.cache.kit"])
         process = forkserver.Process(target=kit.nothing)
         process.start()
         process.join()
@@ -72,7 +74,7 @@ def test_a_writer_killed_at_random_moments_leaves_what_a_rerun_completes(
 def test_a_writer_that_dies_at_any_call_to_the_file_system_leaves_what_a_rerun_completes(
     tmp_path: Path, context: ForkServerContext, call: str
 ) -> None:
-    header = kit.header(4, block=2, signals={name: kit.SIGNALS[name] for name in ("bev_low", "boxes")})
+    header = kit.header(4, block=2, signals={"boxes": kit.SIGNALS["boxes"]})
     kit.write(tmp_path / "whole", header)
     whole, died = kit.tree(tmp_path / "whole"), 0
     for count in range(200):

@@ -1,0 +1,163 @@
+"""X-OD of X3KD: closed forms (golden.md, section 2), since the paper has no public code."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bevkd.data.collate import Batch
+from bevkd.distill.base import TeacherBatch
+from bevkd.distill.x3kd import Config, OutputDistillation
+from bevkd.geometry.affine import BEVAffine
+from bevkd.grid import BEVGrid
+from bevkd.models.detector import DetectorOutput
+from bevkd.models.heads import center
+from bevkd.models.heads.center import CenterHead, HeadOutput
+from bevkd.types import Boxes, Signals
+
+GRID = BEVGrid(x_m=(-8, 8), y_m=(-8, 8), cell_m=1.0)
+CLASSES = ("car", "pedestrian", "cone")
+
+
+def head() -> CenterHead:
+    config = center.Config(tasks=(("car",), ("pedestrian", "cone")), channels=8, min_radius=1)
+    return center.build(config, 4, GRID, CLASSES)
+
+
+def found(scores: tuple[float, ...] = (0.9, 0.6, 0.5)) -> Boxes:
+    values = torch.tensor(
+        [
+            [2.2, -3.1, 0.1, 4.2, 1.8, 1.5, 0.4, 3.0, -1.0],
+            [-4.4, 5.7, -0.3, 0.7, 0.6, 1.7, 2.0, 0.5, 0.2],
+            [6.1, 6.3, 0.0, 0.4, 0.4, 1.0, -1.0, 0.0, 0.0],
+        ]
+    )
+    return Boxes(values, torch.tensor([0, 1, 2]), torch.tensor(scores))
+
+
+def maps(batch: int, seed: int = 0) -> DetectorOutput:
+    generator = torch.Generator().manual_seed(seed)
+    heatmap = torch.randn(batch, 3, 16, 16, generator=generator).requires_grad_()
+    code = torch.randn(batch, 2, 10, 16, 16, generator=generator).requires_grad_()
+    return DetectorOutput(torch.zeros(batch, 1, 16, 16), torch.zeros(batch, 1, 16, 16), HeadOutput(heatmap, code))
+
+
+def run(
+    student: DetectorOutput, boxes: tuple[Boxes, ...], affines: tuple[BEVAffine, ...] | None = None, **config: Any
+) -> dict[str, Tensor]:
+    affines = affines or (BEVAffine.identity(),) * len(boxes)
+    teacher = TeacherBatch(Signals(boxes=boxes), affines, GRID)
+    nothing = tuple(Boxes.empty() for _ in boxes)
+    batch = Batch(tuple(map(str, range(len(boxes)))), nothing, torch.zeros(len(boxes), dtype=torch.bool), affines)
+    return OutputDistillation(Config(**config), head())(student, teacher, batch)
+
+
+def test_scaling_all_scores_leaves_the_box_term_unchanged() -> None:
+    whole = run(maps(1), (found((0.9, 0.6, 0.5)),), score=0.1)
+    half = run(maps(1), (found((0.45, 0.3, 0.25)),), score=0.1)
+    torch.testing.assert_close(half["output_box"], whole["output_box"])
+
+
+def test_the_box_term_is_the_score_weighted_mean_of_smooth_l1() -> None:
+    student, boxes = maps(1), found()
+    targets = head().targets((boxes,))
+    weights = torch.tensor(head().config.code_weights)
+    each = []
+    for (frame, task, row, column), code in zip(targets.cells.tolist(), targets.codes, strict=True):
+        error = (student.head.box_code[frame, task, :, row, column] - code).abs()
+        each.append((torch.where(error < 1, error**2 / 2, error - 0.5) * weights).sum())
+    expected = (torch.stack(each) * boxes.scores).sum() / boxes.scores.sum()
+    torch.testing.assert_close(run(student, (boxes,), box=1.0)["output_box"], expected)
+
+
+def test_only_boxes_above_the_score_are_targets() -> None:
+    student = maps(1)
+    strict, fewer = run(student, (found(),), score=0.55), run(student, (found()[:2],), score=0.0)
+    torch.testing.assert_close(strict, fewer)
+
+
+@pytest.mark.parametrize("boxes", [Boxes.empty(), found((0.1, 0.1, 0.1))], ids=["none", "none confident"])
+def test_no_pseudo_label_at_all_gives_a_finite_loss_with_a_gradient(boxes: Boxes) -> None:
+    student = maps(2)
+    terms = run(student, (boxes, boxes))
+    torch.stack([*terms.values()]).sum().backward()
+    assert terms["output_box"].item() == 0
+    assert terms["output_heatmap"].item() > 0
+    heatmap, code = student.head.heatmap.grad, student.head.box_code.grad
+    assert heatmap is not None
+    assert code is not None
+    assert bool(heatmap.isfinite().all())
+    assert float(code.abs().sum()) == 0
+
+
+def test_unlabelled_frames_learn_from_the_teacher_and_not_from_annotations() -> None:
+    student = maps(1)
+    own = head()
+    detection = own.loss(student.head, own.targets((Boxes.empty(),)), torch.tensor([False]))
+    torch.stack([*detection.values()]).sum().backward()
+    assert student.head.heatmap.grad is not None
+    assert float(student.head.heatmap.grad.abs().sum()) == 0
+    torch.stack([*run(student, (found(),)).values()]).sum().backward()
+    assert float(student.head.heatmap.grad.abs().sum()) > 0
+
+
+def test_a_student_that_agrees_with_the_teacher_has_almost_no_loss() -> None:
+    targets = head().targets((found(),))
+    code = torch.zeros(1, 2, 10, 16, 16)
+    frame, task, row, column = targets.cells.unbind(1)
+    code[frame, task, :, row, column] = targets.codes
+    logits = torch.where(targets.heatmap == 1, 12.0, -12.0)
+    empty = torch.zeros(1, 1, 16, 16)
+    terms = run(DetectorOutput(empty, empty, HeadOutput(logits, code)), (found(),))
+    assert terms["output_box"].item() < 1e-9
+    assert terms["output_heatmap"].item() < 1e-4
+
+
+def test_an_unknown_velocity_teaches_nothing() -> None:
+    boxes = found()
+    boxes.values[0, 7:9] = torch.nan
+    student = maps(1)
+    terms = run(student, (boxes,))
+    torch.stack([*terms.values()]).sum().backward()
+    code = student.head.box_code.grad
+    assert code is not None
+    assert bool(code.isfinite().all())
+    _, task, row, column = head().targets((boxes,)).cells[0].tolist()
+    assert code[0, task, 8:, row, column].tolist() == [0.0, 0.0]
+    assert float(code[0, task, :8, row, column].abs().sum()) > 0
+
+
+def test_targets_move_with_the_students_augmentation() -> None:
+    affine = BEVAffine(flip_x=True, rotation_rad=0.3, scale=1.05)
+    student = maps(1)
+    moved = run(student, (affine.apply_to_boxes(found()),))
+    torch.testing.assert_close(run(student, (found(),), (affine,)), moved)
+
+
+def test_the_terms_carry_their_weights() -> None:
+    student = maps(1)
+    unit = run(student, (found(),), output=1.0, box=1.0)
+    weighted = run(student, (found(),), output=3.0, box=0.5)
+    torch.testing.assert_close(weighted["output_heatmap"], 3 * unit["output_heatmap"])
+    torch.testing.assert_close(weighted["output_box"], 1.5 * unit["output_box"])
+
+
+def test_the_heads_weights_do_not_become_the_losses() -> None:
+    assert list(OutputDistillation(Config(), head()).parameters()) == []
+
+
+def test_without_weight_it_reads_nothing() -> None:
+    assert Config().signals() == ("boxes",)
+    assert Config(output=0).signals() == ()
+
+
+def test_half_precision_maps_give_a_float32_loss() -> None:
+    full = maps(1)
+    half = dataclasses.replace(full, head=HeadOutput(full.head.heatmap.bfloat16(), full.head.box_code.bfloat16()))
+    terms = run(half, (found(),))
+    assert {value.dtype for value in terms.values()} == {torch.float32}
+    torch.testing.assert_close(terms, run(full, (found(),)), rtol=2e-2, atol=1e-2)
