@@ -68,7 +68,8 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
 
     A number in the path indexes a list. Raises ConfigError naming every override that cannot be applied.
     """
-    result: dict[str, Any] = json.loads(json.dumps(values))
+    # Through JSON, so that YAML aliases become values of their own; dates become the text that they were.
+    result: dict[str, Any] = json.loads(json.dumps(values, default=str))
     faults = []
     for override in overrides:
         path, equals, text = override.partition("=")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -30,7 +29,7 @@ class BEVGrid(BaseModel):
     cell_m: float = Field(gt=0)
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> BEVGrid:
         for name, (low, high) in (("x_m", self.x_m), ("y_m", self.y_m), ("z_m", self.z_m)):
             if not low < high:
                 raise ValueError(f"{name} must be [low, high] with low < high, got [{low}, {high}]")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -33,12 +32,12 @@ class Boxes:
     scores: Float[Tensor, "n"]
 
     @classmethod
-    def empty(cls) -> Self:
+    def empty(cls) -> Boxes:
         """Return zero boxes."""
         return cls(torch.zeros(0, 9), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
 
     @classmethod
-    def unpack(cls, packed: Float[Tensor, "n 11"]) -> Self:
+    def unpack(cls, packed: Float[Tensor, "n 11"]) -> Boxes:
         """Return boxes from their ``n x 11`` form; the inverse of :meth:`pack`."""
         return cls(packed[:, :9].float(), packed[:, 10].round().long(), packed[:, 9].float())
 
@@ -129,7 +128,7 @@ class Signals:
     """
 
     bev_low: Float[Tensor, "B C Y X"] | None = None
-    bev_high: Float[Tensor, "B C Y X"] | None = None
+    bev_high: Float[Tensor, "B D Y X"] | None = None
     heatmap: Float[Tensor, "B K Y X"] | None = None
     box_code: Float[Tensor, "B T 10 Y X"] | None = None
     boxes: tuple[Boxes, ...] | None = None

@@ -29,14 +29,23 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return re.sub(r"<!-- config (\S+)\.(\w+) -->", lambda found: _config(found[1], found[2]), markdown)
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Return a page without the Sphinx roles of docstrings, which editors understand and mkdocs does not."""
+    return re.sub(r":(?:meth|class|func|mod):(?=<code>)", "", html)
+
+
 def _config(module: str, name: str) -> str:
     model: type[BaseModel] = getattr(importlib.import_module(module), name)
-    meanings = _meanings(inspect.getdoc(model) or "")
+    meanings = {
+        key: text
+        for base in reversed(model.__mro__)
+        for key, text in _meanings(inspect.cleandoc(base.__doc__ or "")).items()
+    }
     rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
     for key, field in model.model_fields.items():
         default = field.get_default(call_default_factory=True)  # type: ignore[call-arg]
         shown = "required" if default is PydanticUndefined else _code(_plain(default))
-        meaning = field.description or meanings.get(key, "")
+        meaning = re.sub(r"\bNone\b", "`null`", field.description or meanings.get(key, ""))
         rows.append(_row(f"`{key}`", _code(_type(field.annotation)), shown, meaning))
     return "\n".join(rows)
 
@@ -64,7 +73,7 @@ def _type(annotation: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_type(each) for each in arguments)
     if origin is typing.Literal:
-        return " or ".join(json.dumps(each) for each in arguments)
+        return " or ".join(json.dumps(each) for each in arguments) if len(arguments) < 6 else "str"
     if origin is tuple:
         return f"[{', '.join('...' if each is ... else _type(each) for each in arguments)}]"
     if origin is dict:
@@ -77,11 +86,11 @@ def _type(annotation: Any) -> str:
 
 
 def _plain(value: Any) -> str:
+    """Return a default as YAML takes it; a nested model is its class, with what differs from the class's defaults."""
     if isinstance(value, BaseModel):
-        return json.dumps(value.model_dump(mode="json", exclude_defaults=True))
-    return json.dumps(
-        value, default=lambda each: each.model_dump(mode="json") if isinstance(each, BaseModel) else str(each)
-    )
+        changed = value.model_dump(mode="json", exclude_defaults=True)
+        return f"{type(value).__name__} {json.dumps(changed)}" if changed else type(value).__name__
+    return json.dumps(value, default=str)
 
 
 def _commands() -> str:

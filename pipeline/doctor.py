@@ -41,9 +41,7 @@ def _python() -> Finding:
 
 def _names() -> list[Finding]:
     """Check that the root packages are ours: `pipeline` and `cli` are names that others use too."""
-    import cli
-
-    root = Path(cli.__file__).parent
+    root = Path(__file__).resolve().parents[1]
     findings = []
     for name in _ROOT_NAMES:
         spec = importlib.util.find_spec(name)

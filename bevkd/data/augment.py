@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from bevkd.config import StrictModel
@@ -31,6 +31,15 @@ class ImageAugment(StrictModel):
     shift: bool = False
     flip: bool = False
     brightness: tuple[float, float] = (1.0, 1.0)
+
+    @model_validator(mode="after")
+    def _check(self) -> ImageAugment:
+        for name, (low, high) in (("zoom", self.zoom), ("brightness", self.brightness)):
+            if not 0 <= low <= high:
+                raise ValueError(f"{name} must be [low, high] with 0 <= low <= high, got [{low}, {high}]")
+        if self.zoom[0] == 0:
+            raise ValueError(f"zoom must be positive, got {list(self.zoom)}")
+        return self
 
 
 class AugmentConfig(StrictModel):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -126,7 +125,7 @@ class _Span:
     high: float
 
     @classmethod
-    def of(cls, size: int, scale: float, offset: int, length: int) -> Self:
+    def of(cls, size: int, scale: float, offset: int, length: int) -> _Span:
         """Return the span of a view of ``length`` pixels that starts at ``offset`` in an axis resized by ``scale``."""
         slack = 1e-3  # of a pixel: scales are quotients of sizes, their products miss whole numbers by rounding
         end = size * scale - offset

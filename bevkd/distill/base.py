@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -86,6 +86,7 @@ class DistillContext:
         return nn.Conv2d(part.out_channels, self.teacher_shapes[stage][0], 1)
 
 
+@runtime_checkable
 class DistillLoss(Protocol):
     """A loss; also an ``nn.Module`` when it has adapters to train, which are dropped at inference."""
 

@@ -33,7 +33,7 @@ def predict(
         collate_fn=collate,
     )
     was_training = detector.training
-    detector.eval()
+    detector.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     found: dict[str, Boxes] = {}
     with progress.task("predicting", len(tokens), "frame") as task:
         for batch in loader:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -32,7 +31,7 @@ class BEVEncoderConfig(StrictModel):
     dropout: float = Field(0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> BEVEncoderConfig:
         if len({len(self.layers), len(self.strides), len(self.channels), len(self.up_channels)}) != 1:
             raise ValueError("layers, strides, channels and up_channels need one entry per level each")
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from pydantic import model_validator
@@ -38,7 +38,7 @@ class Config(PluginConfig):
     seed: int = 0
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> Config:
         if (self.run is None) == (self.detector is None):
             raise ValueError("give either 'run' (a folder of train-teacher) or 'detector' (an architecture), not both")
         if self.run is not None and self.weights is not None:

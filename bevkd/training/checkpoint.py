@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,8 +67,10 @@ class Checkpoints:
         path = self.folder / f"step_{steps[-1]:08d}" / "state.pt"
         try:
             state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError) as error:
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            # torch's own text advises to load without weights_only, which would execute what the file holds.
             raise CheckpointError(
-                f"checkpoint {path} cannot be read: {error}. Delete its folder to resume from the one before."
+                f"checkpoint {path} is damaged or not one of bevkd ({type(error).__name__}). "
+                "Delete its folder to resume from the one before."
             ) from error
         return steps[-1], state

@@ -49,7 +49,7 @@ def learning_rate_factor(config: TrainingConfig, step: int) -> float:
     """Return the learning rate of ``step`` (from 0) relative to the peak."""
     warmup = config.warmup * config.steps
     if step < warmup:
-        rising = (step + 1) / max(warmup, 1)
+        rising = min((step + 1) / max(warmup, 1), 1.0)
         return 0.04 + 0.96 * (1 - math.cos(math.pi * rising)) / 2 if config.schedule == "one_cycle" else rising
     if config.schedule == "constant":
         return 1.0
@@ -91,7 +91,8 @@ class Trainer:
     ) -> None:
         self.config, self.run, self.metadata = config, run, dict(metadata)
         self.accelerator = Accelerator(mixed_precision=config.precision, cpu=device == "cpu")
-        self.objective = objective
+        # Convolutions run fastest this way, on CPUs as on GPUs.
+        self.objective = objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.model, self.optimizer = self.accelerator.prepare(objective, optimizer)
@@ -206,6 +207,8 @@ class Trainer:
             sampler=sampler,
             num_workers=config.workers,
             collate_fn=collate,
+            # Its own, so that starting to load draws nothing from the random state that a checkpoint restores.
+            generator=torch.Generator(),
             pin_memory=accelerator.device.type == "cuda",
             worker_init_fn=_one_thread,
             multiprocessing_context="fork" if config.workers else None,

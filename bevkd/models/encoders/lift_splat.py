@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -31,7 +31,7 @@ class DepthBins(StrictModel):
     step: float = Field(default=0.5, gt=0)
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> DepthBins:
         if self.stop - self.start <= self.step / 2:
             raise ValueError(f"stop must lie beyond start, got start {self.start} and stop {self.stop}")
         return self
@@ -75,7 +75,7 @@ class Config(PluginConfig):
     norm: bool = False
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> Config:
         for name, size in (("image_height", self.image_height), ("image_width", self.image_width)):
             if size <= 0 or size % 32:
                 raise ValueError(f"{name} must be a positive multiple of 32, got {size}")

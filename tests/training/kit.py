@@ -1,0 +1,107 @@
+"""A detector and a data set that take milliseconds: a few points on a 8 x 8 grid."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from bevkd.data.collate import Batch, Sample
+from bevkd.geometry.affine import BEVAffine
+from bevkd.grid import BEVGrid
+from bevkd.models.detector import DetectorOutput
+from bevkd.models.heads import center
+from bevkd.progress import Silent
+from bevkd.training.config import TrainingConfig
+from bevkd.training.loop import Trainer
+from bevkd.training.objective import Objective
+from bevkd.types import Boxes, Frame
+
+GRID = BEVGrid(x_m=(-8, 8), y_m=(-8, 8), cell_m=2.0)
+CLASSES = ("car", "cone")
+
+
+class TinyDetector(nn.Module):
+    """Counts points per cell, convolves, and drops out: it has parameters, buffers and a use for random state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.classes = SimpleNamespace(grid=GRID), CLASSES
+        self.encoder = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3))
+        self.head = center.build(center.Config(tasks=(("car",), ("cone",)), channels=4), 4, GRID, CLASSES)
+
+    def forward(self, batch: Batch) -> DetectorOutput:
+        assert batch.points is not None
+        assert batch.point_frame is not None
+        cells = GRID.to_cells(batch.points[:, :2]).long()
+        counts = torch.zeros(len(batch), 1, 8, 8)
+        counts.index_put_(
+            (batch.point_frame, torch.zeros_like(batch.point_frame), cells[:, 1], cells[:, 0]),
+            torch.ones(len(cells)),
+            accumulate=True,
+        )
+        bev = self.encoder(counts)
+        return DetectorOutput(bev, bev, self.head(bev))
+
+
+class TinyFrames(Dataset[Sample]):
+    """Ten frames, of which ``labelled`` carry labels; the position in the run decides frame and noise.
+
+    Attributes:
+        seen: positions in the order in which they were asked for.
+    """
+
+    def __init__(self, labelled: int = 10) -> None:
+        self.labelled, self.seen = labelled, list[int]()
+
+    def __getitem__(self, position: int) -> Sample:
+        self.seen.append(position)
+        index = position % 10
+        generator = torch.Generator().manual_seed(position)
+        points = torch.rand(20, 5, generator=generator) * 16 - 8
+        values = torch.tensor([[index - 4.5, 4.5 - index, 0, 4, 2, 1.5, 0.1 * index, 1, 0]])
+        boxes = Boxes(values, torch.tensor([index % 2]), torch.ones(1)) if index < self.labelled else None
+        return Sample(Frame(f"frame{index}", position, points, boxes=boxes), BEVAffine.identity(), {})
+
+
+class Killed(Exception):
+    """Stands for a signal: nothing after it runs."""
+
+
+class KilledAt(Silent):
+    """Progress that ends the run in the middle of the step after ``steps``."""
+
+    def __init__(self, steps: int) -> None:
+        self._left = steps
+
+    @contextlib.contextmanager
+    def task(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[KilledAt]:
+        del name, total, unit, done
+        yield self
+
+    def advance(self, steps: int = 1, **figures: float) -> None:
+        del figures
+        if self._left == 0:
+            raise Killed
+        self._left -= steps
+
+
+def trainer(run: Path, losses: list[tuple[str, str, Any]] | None = None, **changes: Any) -> Trainer:
+    """Return a trainer of a freshly seeded tiny detector in ``run``."""
+    values: dict[str, Any] = {"steps": 8, "batch_size": 2, "workers": 0, "log_every": 1, "learning_rate": 0.01}
+    run.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    objective = Objective(TinyDetector(), losses or [], {})  # type: ignore[arg-type]
+    return Trainer(objective, TrainingConfig(**{**values, **changes}), run, "cpu", {"recipe": "test"})
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    """Return what a run left for evaluation."""
+    return load_file(run / "model.safetensors")
