@@ -138,7 +138,9 @@ def _caches(values: list[str] | None) -> dict[str, str]:
 def world(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     preset: Annotated[str, typer.Option(help="tiny, demo, bench or hills.")] = "demo",
-    scenes: Annotated[int | None, typer.Option(min=2, help="Number of scenes, a quarter of them for validation.")] = None,
+    scenes: Annotated[
+        int | None, typer.Option(min=2, help="Number of scenes, a quarter of them for validation.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Another seed is another world.")] = 0,
     as_json: Json = False,
 ) -> None:

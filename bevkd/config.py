@@ -117,10 +117,10 @@ def parse(model: type[Model], values: dict[str, Any], where: str) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise report(ConfigError, f"{where} has {error.error_count()} fault(s):", _faults(error, model)) from error
+        raise report(ConfigError, f"{where} has {error.error_count()} fault(s):", _faults(error)) from error
 
 
-def _faults(error: ValidationError, model: type[BaseModel]) -> list[str]:
+def _faults(error: ValidationError) -> list[str]:
     lines = []
     for fault in error.errors():
         path = ".".join(str(part) for part in fault["loc"]) or "(top level)"
@@ -144,5 +144,3 @@ def digest(value: BaseModel | dict[str, Any] | list[Any]) -> str:
     """Return the SHA-256 of a config's canonical JSON."""
     data = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-

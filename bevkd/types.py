@@ -6,11 +6,10 @@ H and W image height and width. Boxes live in the BEV frame (the key frame's LiD
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 BOX_FIELDS = ("x", "y", "z", "length", "width", "height", "yaw", "vx", "vy")
@@ -116,7 +115,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Signals:
-    """What a teacher knows about B frames (design.md section 4); absent signals are None.
+    """What a teacher knows about B frames; absent signals are None.
 
     Attributes:
         bev_low: encoder output.
@@ -124,7 +123,6 @@ class Signals:
         heatmap: class logits of all tasks in the class order of the data set.
         box_code: per task offset 2, z 1, log size 3, (sin, cos) 2, velocity 2.
         boxes: decoded boxes per frame.
-        valid: cells that a warp filled from inside the teacher's map; None means all of them.
     """
 
     bev_low: Float[Tensor, "B C Y X"] | None = None
@@ -132,7 +130,6 @@ class Signals:
     heatmap: Float[Tensor, "B K Y X"] | None = None
     box_code: Float[Tensor, "B T 10 Y X"] | None = None
     boxes: tuple[Boxes, ...] | None = None
-    valid: Bool[Tensor, "B 1 Y X"] | None = None
 
     def need(self, name: str) -> Tensor:
         """Return the map ``name``, which the contract check has promised."""
@@ -140,10 +137,6 @@ class Signals:
         if not isinstance(value, Tensor):
             raise KeyError(f"signal '{name}' is not in this batch")
         return value
-
-    def replace(self, **changes: object) -> Signals:
-        """Return a copy with some signals replaced."""
-        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
 SIGNALS = ("bev_low", "bev_high", "heatmap", "box_code", "boxes")

@@ -22,6 +22,14 @@ from bevkd.types import Boxes, Signals
 from pipeline.parts import check_files, choose_device, open_source
 from pipeline.recipe import CacheRecipe
 
+# Where things lie, how fast they are read and which labels were hidden says nothing about a cache.
+_NOT_OF_THE_CACHE = {
+    "device": True,
+    "workers": True,
+    "data": {"root", "index_dir", "labels", "labels_seed", "skip_missing"},
+    "teacher": {"run", "weights"},
+}
+
 
 @dataclass(frozen=True)
 class CacheSummary:
@@ -62,8 +70,7 @@ def cache_teacher(recipe: CacheRecipe, out: str, limit: int | None, progress: Pr
         grid=teacher.grid,
         classes=classes,
         tokens=tokens,
-        # Where the data lies and how fast it is read says nothing about the cache.
-        config=recipe.model_dump(mode="json", exclude={"device": True, "workers": True, "data": {"root", "index_dir"}}),
+        config=recipe.model_dump(mode="json", exclude=_NOT_OF_THE_CACHE),
         licence=recipe.licence,
     )
     writer = CacheWriter.open(out, header, {name: teacher.shapes[name] for name in spec.signals if name != "boxes"})
@@ -91,8 +98,10 @@ def _check_spec(spec: CacheSpec, teacher: Teacher) -> None:
     faults = [f"signals.{name}: not written" for name in spec.signals if name not in written]
     if faults:
         raise report(
-            CacheSpecError, f"teacher '{teacher.identity.name}' does not fit spec '{spec.name}'. It writes "
-            f"{', '.join(written)}; remove the other signals from the spec:", faults
+            CacheSpecError,
+            f"teacher '{teacher.identity.name}' does not fit spec '{spec.name}'. It writes "
+            f"{', '.join(written)}; remove the other signals from the spec:",
+            faults,
         )
 
 

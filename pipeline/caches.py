@@ -18,9 +18,10 @@ from pipeline.evaluate import source_of_cache
 def info(uri: str) -> dict[str, Any]:
     """Return what a person asks of a cache, as plain values."""
     manifest = CacheReader.open(uri).manifest
+    teacher = manifest.teacher
     return {
         "name": manifest.name,
-        "teacher": f"{manifest.teacher.name}, weights {manifest.teacher.weights_sha256[:12]}, {manifest.teacher.origin}",
+        "teacher": f"{teacher.name}, weights {teacher.weights_sha256[:12]}, {teacher.origin}",
         "data set": f"{manifest.dataset.name} {manifest.dataset.version}, split {manifest.dataset.split}",
         "frames": len(manifest.tokens),
         "blocks": f"{manifest.blocks} of {manifest.spec.block} frames",

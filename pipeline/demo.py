@@ -205,9 +205,7 @@ def load_train_steps(recipe_run: str) -> int:
     return load_student(name, []).training.steps
 
 
-def _draw(
-    out: Path, teacher: TrainRecipe, student: TrainRecipe, rows: dict[str, dict[str, Any]]
-) -> tuple[Path, ...]:
+def _draw(out: Path, teacher: TrainRecipe, student: TrainRecipe, rows: dict[str, dict[str, Any]]) -> tuple[Path, ...]:
     """Draw the frame with most objects nearby, as ground truth, teacher and students see it."""
     from bevkd.viz import DemoResults, demo_pages, save
 
@@ -248,6 +246,9 @@ def _curve(run: Path) -> list[tuple[int, float]]:
     values = [line["detection/heatmap"] + line["detection/box"] for line in lines]
     window = 5
     return [
-        (lines[index]["step"], sum(values[max(0, index - window) : index + 1]) / len(values[max(0, index - window) : index + 1]))
+        (
+            lines[index]["step"],
+            sum(values[max(0, index - window) : index + 1]) / len(values[max(0, index - window) : index + 1]),
+        )
         for index in range(len(values))
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,19 @@ def open_caches(uris: Mapping[str, str]) -> dict[str, CacheReader]:
     return {name: CacheReader.open(uri) for name, uri in uris.items()}
 
 
+def is_main_process() -> bool:
+    """Return whether this process writes: the only one, or the first of those that torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def prepare_run(run: Path, recipe: StrictModel, resume: bool) -> None:
     """Create a run folder with the resolved recipe, or check that it belongs to this recipe.
 
     Raises:
         TrainingError: the folder holds another run, or one that was not asked to go on.
     """
+    if not is_main_process():
+        return
     resolved = recipe.model_dump(mode="json")
     path = run / "recipe.yaml"
     if path.exists():

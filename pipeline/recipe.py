@@ -20,9 +20,11 @@ Source = plugin("bevkd.data.sources")
 
 
 class EvaluationConfig(StrictModel):
-    """Attributes:
-    data: frames to evaluate on; they always have all their labels.
-    max_distance_m: score boxes this near to the ego only, e.g. those inside the grid; None is the benchmark.
+    """What the metrics are computed on.
+
+    Attributes:
+        data: frames to evaluate on; they always have all their labels.
+        max_distance_m: score boxes this near to the ego only, e.g. those inside the grid; None is the benchmark.
     """
 
     data: Source  # type: ignore[valid-type]
@@ -48,10 +50,12 @@ class TrainRecipe(StrictModel):
 
 
 class DistillConfig(StrictModel):
-    """Attributes:
-    caches: URI of each cache, by the name that losses call it.
-    losses: plug-ins of ``bevkd.distill``.
-    frames: ``all`` trains on every frame of the caches, labelled or not; ``labelled`` on labelled ones only.
+    """Where the teachers' knowledge comes from, and how it is used.
+
+    Attributes:
+        caches: URI of each cache, by the name that losses call it.
+        losses: plug-ins of ``bevkd.distill``.
+        frames: ``all`` trains on every frame of ``data``, labelled or not; ``labelled`` on labelled ones only.
     """
 
     caches: dict[str, str]

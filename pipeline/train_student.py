@@ -9,6 +9,7 @@ from bevkd import registry
 from bevkd.cache.reader import CacheReader
 from bevkd.data.source import FrameSource
 from bevkd.distill.base import DistillContext
+from bevkd.errors import ConfigError
 from bevkd.models.detector import Detector
 from bevkd.progress import Progress
 from pipeline.parts import contract, open_caches, open_source, prepare_run
@@ -24,10 +25,11 @@ def train_student(recipe: StudentRecipe, run: Path, resume: bool, progress: Prog
     """
     readers = open_caches(recipe.distill.caches) if recipe.distill else {}
     source = open_source(recipe.data, recipe.detector.sensors)
-    if recipe.distill:
-        contract("this student cannot be distilled as asked:", _faults(recipe, recipe.distill, source, readers))
-    prepare_run(run, recipe, resume)
     detector = seeded_detector(recipe)
+    if recipe.distill:
+        faults = _faults(recipe, recipe.distill, source, detector, readers)
+        contract("this student cannot be distilled as asked:", faults)
+    prepare_run(run, recipe, resume)
     distillation = _build(recipe.distill, detector, readers) if recipe.distill else PLAIN
     return train(recipe, source, detector, distillation, run, progress)
 
@@ -41,7 +43,11 @@ def _signals(distill: DistillConfig) -> dict[str, tuple[str, ...]]:
 
 
 def _faults(
-    recipe: StudentRecipe, distill: DistillConfig, source: FrameSource, readers: Mapping[str, CacheReader]
+    recipe: StudentRecipe,
+    distill: DistillConfig,
+    source: FrameSource,
+    detector: Detector,
+    readers: Mapping[str, CacheReader],
 ) -> list[str]:
     """Return everything that does not fit, so that it can be mended in one go."""
     faults = []
@@ -55,6 +61,10 @@ def _faults(
             signals, recipe.detector.grid, tokens, tuple(recipe.data.classes), source.identity
         )
         faults += [f"cache '{cache}': {fault}" for fault in misfits]
+        if not misfits:
+            context = DistillContext(detector, readers[cache].manifest.sample_shapes)
+            losses = [loss for loss in distill.losses if loss.teacher == cache]
+            faults += [f"loss '{loss.name}': {fault}" for loss in losses for fault in loss.misfits(context)]
     return faults
 
 
@@ -73,7 +83,7 @@ def with_caches(recipe: StudentRecipe, caches: Mapping[str, str]) -> StudentReci
     """Return ``recipe`` with the URIs of ``--cache NAME=URI`` in place of its own."""
     if not caches:
         return recipe
-    distill = recipe.distill or DistillConfig(caches={})
-    return recipe.model_copy(
-        update={"distill": distill.model_copy(update={"caches": {**distill.caches, **caches}})}
-    )
+    distill = recipe.distill
+    if distill is None:
+        raise ConfigError("--cache is given, but the recipe has no 'distill': add its losses, or leave out --cache.")
+    return recipe.model_copy(update={"distill": distill.model_copy(update={"caches": {**distill.caches, **caches}})})

@@ -24,7 +24,7 @@ from bevkd.training.checkpoint import write_atomic
 from bevkd.training.loop import Trainer, TrainingResult
 from bevkd.training.objective import Objective
 from pipeline.evaluate import evaluate_detector
-from pipeline.parts import check_files, choose_device
+from pipeline.parts import check_files, choose_device, is_main_process
 from pipeline.recipe import TrainRecipe
 
 
@@ -62,7 +62,12 @@ PLAIN = Distillation({}, [], unlabelled=False)
 
 
 def train(
-    recipe: TrainRecipe, source: FrameSource, detector: Detector, distillation: Distillation, run: Path, progress: Progress
+    recipe: TrainRecipe,
+    source: FrameSource,
+    detector: Detector,
+    distillation: Distillation,
+    run: Path,
+    progress: Progress,
 ) -> RunSummary:
     """Train ``detector`` in ``run``, going on from its newest checkpoint if there is one, and evaluate it."""
     labelled = [token for token in source.tokens if token in source.labelled]
@@ -94,11 +99,12 @@ def train(
     cost = trainer.train(dataset, progress)
 
     report = None
-    if recipe.evaluation is not None and trainer.accelerator.is_main_process:
+    if recipe.evaluation is not None and is_main_process():
         detector.load_state_dict(trainer.final_weights())
         report = evaluate_detector(detector, recipe.evaluation, run, progress)
     summary = RunSummary(run, cost, report)
-    write_atomic(run / "result.json", json.dumps(summary.to_json(), indent=1).encode())
+    if is_main_process():
+        write_atomic(run / "result.json", json.dumps(summary.to_json(), indent=1).encode())
     return summary
 
 

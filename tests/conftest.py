@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+import tests.typecheck  # noqa: F401  the import hook of pyproject.toml finds it only once it is loaded
+
 # The same examples in every run, and no deadline: a shared runner may stall for longer than any useful one.
 settings.register_profile("bevkd", derandomize=True, deadline=None)
 settings.load_profile("bevkd")

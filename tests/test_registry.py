@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ PACKAGE = "plugins_of_a_test"
 WHOLE = "Config = object\n\ndef build():\n    return {!r}\n"
 
 
-@pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the folder of an importable plug-in package that holds ``alpha`` and ``_private``."""
+@pytest.fixture(autouse=True)
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Yield the folder of an importable plug-in package that holds ``alpha`` and ``_private``."""
     folder = tmp_path / PACKAGE
     folder.mkdir()
     for name in ("__init__", "base", "_private"):
@@ -44,7 +45,7 @@ def offer(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
     monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
 
 
-def test_a_module_in_the_folder_is_a_plug_in(package: Path) -> None:
+def test_a_module_in_the_folder_is_a_plug_in() -> None:
     assert registry.names(PACKAGE) == ["alpha"]
     assert registry.load(PACKAGE, "alpha").build() == "own alpha"
 
@@ -55,13 +56,13 @@ def test_naming_plug_ins_imports_none(package: Path) -> None:
     assert f"{PACKAGE}.alpha" not in sys.modules
 
 
-def test_private_modules_and_base_are_no_plug_ins(package: Path) -> None:
+def test_private_modules_and_base_are_no_plug_ins() -> None:
     for name in ("base", "_private"):
         with pytest.raises(RegistryError, match=f"unknown plug-in '{name}'"):
             registry.load(PACKAGE, name)
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones(package: Path) -> None:
+def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
     with pytest.raises(RegistryError, match=rf"unknown plug-in 'beta' of {PACKAGE}\. Known: alpha\."):
         registry.load(PACKAGE, "beta")
 
@@ -83,13 +84,13 @@ def test_a_foreign_plug_in_joins_by_entry_point(package: Path, monkeypatch: pyte
     assert registry.load(PACKAGE, "gamma").build() == "foreign"
 
 
-def test_a_foreign_plug_in_that_cannot_be_imported_is_named(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_foreign_plug_in_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch, gamma="no_such_module_of_a_test")
     with pytest.raises(RegistryError, match=r"'gamma'.*no_such_module_of_a_test"):
         registry.load(PACKAGE, "gamma")
 
 
-def test_two_plug_ins_of_one_name_are_refused(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_plug_ins_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch, alpha="foreign_of_a_test")
     with pytest.raises(RegistryError, match=r"'alpha'.*foreign_of_a_test"):
         registry.load(PACKAGE, "alpha")

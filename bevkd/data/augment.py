@@ -1,7 +1,7 @@
 """Training-time augmentation: one BEV affine per frame, one view per camera image, brightness.
 
 Both are drawn before anything is loaded: an image is decoded straight into its view, and the BEV affine also reaches
-the cached teacher maps (design.md section 5).
+the cached teacher maps.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from bevkd.types import Frame
 
 
 class ImageAugment(StrictModel):
-    """Attributes:
-    zoom: range of magnification relative to the view that covers the image's width. BEVDepth and UniDistill
-        (resize 0.386 to 0.55 of 1600 x 900 for 704 pixels) are [0.877, 1.25].
-    shift: move the crop sideways anywhere inside the image.
-    flip: mirror half of the images.
-    brightness: range of a factor on the pixel values of each image.
+    """How camera images are varied.
+
+    Attributes:
+        zoom: range of magnification relative to the view that covers the image's width. BEVDepth and UniDistill
+            (resize 0.386 to 0.55 of 1600 x 900 for 704 pixels) are [0.877, 1.25].
+        shift: move the crop sideways anywhere inside the image.
+        flip: mirror half of the images.
+        brightness: range of a factor on the pixel values of each image.
     """
 
     zoom: tuple[float, float] = (1.0, 1.0)
@@ -43,9 +45,11 @@ class ImageAugment(StrictModel):
 
 
 class AugmentConfig(StrictModel):
-    """Attributes:
-    bev: of points, rig geometry, boxes and cached maps alike.
-    image: of camera images.
+    """How training frames are varied.
+
+    Attributes:
+        bev: of points, rig geometry, boxes and cached maps alike.
+        image: of camera images.
     """
 
     bev: BEVAffineConfig = Field(default_factory=BEVAffineConfig)

@@ -92,7 +92,9 @@ class Batch:
             self,
             points=pin(self.points),
             images=pin(self.images),
-            stored={name: {key: array.pin_memory() for key, array in arrays.items()} for name, arrays in stored.items()},
+            stored={
+                name: {key: array.pin_memory() for key, array in arrays.items()} for name, arrays in stored.items()
+            },
         )
 
 

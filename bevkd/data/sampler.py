@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 from torch.utils.data import Sampler
 
 
@@ -15,7 +16,7 @@ def mix(*numbers: int) -> int:
 
 
 @lru_cache(maxsize=8)
-def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+def _permutation(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
@@ -43,7 +44,7 @@ class FrameOrder:
         stream, index = (0, before) if after > before else (1, position - before)
         tokens = self._streams[stream]
         epoch, offset = divmod(index, len(tokens))
-        return tokens[_permutation(len(tokens), mix(self._seed, stream), epoch)[offset]]
+        return tokens[int(_permutation(len(tokens), mix(self._seed, stream), epoch)[offset])]
 
 
 class PositionSampler(Sampler[int]):

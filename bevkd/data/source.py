@@ -45,7 +45,8 @@ class FrameSource(Protocol):
         """Return the frame with the sensors asked for.
 
         ``views`` maps camera names to the view to decode, and leaves out cameras that are not wanted; None means all
-        cameras at their original size. Boxes are None for frames outside ``labelled``. Raises DataError naming the file if it is missing or damaged.
+        cameras at their original size. Boxes are None for frames outside ``labelled``. Raises DataError naming the
+        file if it is missing or damaged.
         """
         ...
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bevkd.cache.encoding import decode
 from bevkd.cache.spec import CacheSpec
+from bevkd.config import PluginConfig
 from bevkd.data.collate import Batch, StoredSignals
 from bevkd.geometry.affine import BEVAffine, warp_box_codes, warp_maps
 from bevkd.grid import BEVGrid
@@ -25,7 +26,7 @@ class TeacherBatch:
     """Teacher signals of a batch, and where the student's augmentation took them.
 
     Point and region losses sample the canonical maps at canonical positions and the student at augmented ones, which
-    needs no warp (design.md section 5). Dense losses ask for :meth:`warped` maps.
+    needs no warp. Dense losses ask for :meth:`warped` maps.
 
     Attributes:
         canonical: as cached, un-augmented.
@@ -80,10 +81,33 @@ class DistillContext:
         """The student's grid, equal to the cache's."""
         return self.student.config.grid
 
+    def channels(self, stage: str) -> int:
+        """Return the student's channels of ``bev_low`` or ``bev_high``."""
+        part: Any = self.student.encoder if stage == "bev_low" else self.student.bev_encoder
+        return int(part.out_channels)
+
     def adapter(self, stage: str) -> nn.Module:
         """Return a 1x1 convolution from the student's to the teacher's channels of ``bev_low`` or ``bev_high``."""
-        part: Any = self.student.encoder if stage == "bev_low" else self.student.bev_encoder
-        return nn.Conv2d(part.out_channels, self.teacher_shapes[stage][0], 1)
+        return nn.Conv2d(self.channels(stage), self.teacher_shapes[stage][0], 1)
+
+
+class DistillLossConfig(PluginConfig):
+    """Base of every loss's ``Config``.
+
+    Attributes:
+        teacher: name of the cache that the loss reads.
+    """
+
+    teacher: str = "teacher"
+
+    def signals(self) -> tuple[str, ...]:
+        """Return the signals that the loss reads; only these are read from the cache."""
+        raise TypeError(f"the Config of loss '{self.name}' does not say which signals it reads: define signals()")
+
+    def misfits(self, context: DistillContext) -> list[str]:
+        """Return every reason why this student cannot learn from this cache, which holds all of ``signals()``."""
+        del context
+        return []
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""UniDistill (arXiv 2303.15083): feature, relation and response distillation around the objects (methods.md 2.2)."""
+"""UniDistill (arXiv 2303.15083): feature, relation and response distillation around the objects."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from bevkd.config import PluginConfig
 from bevkd.data.collate import Batch
-from bevkd.distill.base import DistillContext, DistillLoss, TeacherBatch, sample_at
+from bevkd.distill.base import DistillContext, DistillLoss, DistillLossConfig, TeacherBatch, sample_at
 from bevkd.geometry.boxes import nine_points
 from bevkd.geometry.gaussian import draw_gaussians, gaussian_radius
 from bevkd.grid import BEVGrid
@@ -21,11 +20,10 @@ from bevkd.types import Boxes
 _EPS = 1e-4
 
 
-class Config(PluginConfig):
+class Config(DistillLossConfig):
     """Weights as published for LiDAR to camera; zero switches a term off and drops its signals from what is read.
 
     Attributes:
-        teacher: name of the cache that the signals come from.
         feature, relation, response: weights of the three terms.
         adapter: a 1x1 convolution on the student's maps; needed when its channels differ from the teacher's.
         pseudo_score: on frames without labels, teacher boxes above this score stand in for the annotations; None
@@ -34,7 +32,6 @@ class Config(PluginConfig):
     """
 
     name: Literal["unidistill"] = "unidistill"
-    teacher: str = "teacher"
     feature: float = Field(100.0, ge=0)
     relation: float = Field(40.0, ge=0)
     response: float = Field(10.0, ge=0)
@@ -53,19 +50,35 @@ class Config(PluginConfig):
         }
         return tuple(name for name, wanted in needed.items() if wanted)
 
+    def misfits(self, context: DistillContext) -> list[str]:
+        """Return where the student's maps cannot be compared with the cached ones."""
+        faults = []
+        own, shapes = context.channels("bev_low"), context.teacher_shapes
+        if self.feature > 0 and not self.adapter and own != shapes["bev_low"][0]:
+            faults.append(
+                f"bev_low has {shapes['bev_low'][0]} channels in the cache and {own} in the student: set adapter: true"
+            )
+        tasks = len(context.student.head.tasks)
+        if self.response > 0 and tasks != shapes["box_code"][0]:
+            faults.append(
+                f"box_code has {shapes['box_code'][0]} tasks in the cache and {tasks} in the student: give the student "
+                "the teacher's detector.head.tasks, or set response: 0"
+            )
+        return faults
+
 
 def feature_loss(student: Float[Tensor, "n 9 C"], teacher: Float[Tensor, "n 9 C"]) -> Float[Tensor, ""]:
-    """Return the mean absolute difference at the nine points of each box, averaged over boxes (section 2.2 a)."""
+    """Return the mean absolute difference at the nine points of each box, averaged over boxes."""
     return (student - teacher).abs().mean(dim=(1, 2)).sum() / (student.shape[0] + _EPS)
 
 
 def relation_loss(student: Float[Tensor, "n 9 C"], teacher: Float[Tensor, "n 9 C"]) -> Float[Tensor, ""]:
-    """Return the difference of the nine points' cosine similarity matrices, averaged over boxes (section 2.2 b)."""
+    """Return the difference of the nine points' cosine similarity matrices, averaged over boxes."""
     return (_similarity(student) - _similarity(teacher)).abs().mean(dim=(1, 2)).sum() / (student.shape[0] + _EPS)
 
 
 def _similarity(points: Float[Tensor, "n 9 C"]) -> Float[Tensor, "n 9 9"]:
-    unit = points / (points.norm(dim=-1, keepdim=True) + _EPS)
+    unit: Tensor = points / (points.norm(dim=-1, keepdim=True) + _EPS)
     return unit @ unit.transpose(1, 2)
 
 
@@ -76,7 +89,7 @@ def response_losses(
     teacher_box: Float[Tensor, "B R Y X"],
     mask: Float[Tensor, "B Y X"],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Return the class and the box term of section 2.2 c.
+    """Return the class and the box term of response distillation, as released.
 
     Args:
         student_heatmap, teacher_heatmap: logits; the teacher's are divided by a temperature of 2.

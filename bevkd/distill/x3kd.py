@@ -1,4 +1,4 @@
-"""X3KD (arXiv 2303.02203): cross-modal output distillation, X-OD (methods.md 1.2).
+"""X3KD (arXiv 2303.02203): cross-modal output distillation, X-OD.
 
 The paper has no public code and states no weights: every constant is a setting, the defaults are ours.
 """
@@ -11,23 +11,22 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from bevkd.config import PluginConfig
 from bevkd.data.collate import Batch
-from bevkd.distill.base import DistillContext, DistillLoss, TeacherBatch
+from bevkd.distill.base import DistillContext, DistillLoss, DistillLossConfig, TeacherBatch
 from bevkd.models.detector import DetectorOutput
 from bevkd.models.heads.center import CenterHead, gather_codes, gaussian_focal_loss
 
 
-class Config(PluginConfig):
-    """Attributes:
-    teacher: name of the cache that the boxes come from.
-    output: weight of X-OD.
-    score: the teacher's boxes above it are targets.
-    box: weight of the box term beside the heatmap term.
+class Config(DistillLossConfig):
+    """Which terms of X3KD to use, and how strongly.
+
+    Attributes:
+        output: weight of X-OD.
+        score: the teacher's boxes above it are targets.
+        box: weight of the box term beside the heatmap term.
     """
 
     name: Literal["x3kd"] = "x3kd"
-    teacher: str = "teacher"
     output: float = Field(1.0, ge=0)
     score: float = Field(0.3, ge=0, lt=1)
     box: float = Field(0.25, ge=0)

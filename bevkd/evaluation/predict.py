@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from bevkd.data.collate import Sample, collate
 from bevkd.data.join import FrameDataset
 from bevkd.data.source import FrameSource
-from bevkd.models.detector import Detector, view_of
+from bevkd.models.detector import Detector, channels_last, view_of
 from bevkd.progress import Progress
 from bevkd.types import Boxes
 
@@ -33,7 +33,8 @@ def predict(
         collate_fn=collate,
     )
     was_training = detector.training
-    detector.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    channels_last(detector)
+    detector.eval()
     found: dict[str, Boxes] = {}
     with progress.task("predicting", len(tokens), "frame") as task:
         for batch in loader:

@@ -1,7 +1,6 @@
-"""The BEV encoder: ``bev_low`` to ``bev_high``, the 2-D backbone and neck of SECOND (methods.md 5.1)."""
+"""The BEV encoder: ``bev_low`` to ``bev_high``, SECOND's 2-D backbone and neck (Yan et al., 2018)."""
 
 from __future__ import annotations
-
 
 import torch
 from jaxtyping import Float
@@ -28,7 +27,7 @@ class BEVEncoderConfig(StrictModel):
     strides: tuple[int, ...] = (1, 2)
     channels: tuple[int, ...] = (128, 256)
     up_channels: tuple[int, ...] = (256, 256)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _check(self) -> BEVEncoderConfig:
@@ -86,4 +85,5 @@ class BEVEncoder(nn.Module):
         for block, deblock in zip(self.blocks, self.deblocks, strict=True):
             feature = block(feature)
             levels.append(deblock(feature))
-        return self.dropout(torch.cat(levels, dim=1))
+        bev_high: Tensor = self.dropout(torch.cat(levels, dim=1))
+        return bev_high

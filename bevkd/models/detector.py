@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -48,7 +49,7 @@ def view_of(config: DetectorConfig) -> View:
 
 @dataclass(frozen=True)
 class DetectorOutput:
-    """All that a detector says about a batch, in the terms of design.md section 4.
+    """All that a detector says about a batch, by the names that signals have.
 
     Attributes:
         bev_low: encoder output.
@@ -59,6 +60,16 @@ class DetectorOutput:
     bev_low: Float[Tensor, "B C Y X"]
     bev_high: Float[Tensor, "B D Y X"]
     head: HeadOutput
+
+
+def channels_last(model: nn.Module) -> None:
+    """Bring the weights of 2-D convolutions into the layout that runs fastest, on CPUs as on GPUs.
+
+    Values stay what they are. Sparse convolutions, whose weights have five dimensions, are left alone.
+    """
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 class Detector(nn.Module):

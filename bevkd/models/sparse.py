@@ -45,7 +45,7 @@ def _follow_device(module: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Forward pre-hook: choose spconv's algorithm for the device that the features are on."""
     from spconv.core import ConvAlgo
 
-    module.algo = ConvAlgo.MaskImplicitGemm if inputs[0].features.is_cuda else ConvAlgo.Native  # type: ignore[assignment]
+    module.algo = ConvAlgo.MaskImplicitGemm if inputs[0].features.is_cuda else ConvAlgo.Native
 
 
 def sub_m_conv(in_channels: int, out_channels: int, key: str) -> nn.Module:

@@ -70,7 +70,7 @@ def splat(
     offset = torch.arange(B, device=cells.device)[:, None, None] * per_frame
     rows = torch.where(cells >= 0, cells + offset, B * per_frame)
     with torch.autocast(context.device.type, enabled=False):
-        bev = _Splat.apply(
+        bev: Tensor = _Splat.apply(  # type: ignore[no-untyped-call]
             depth.float().flatten(0, 1).contiguous(),
             context.float().flatten(0, 1).contiguous(),
             rows.flatten(0, 1),

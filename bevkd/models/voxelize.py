@@ -1,4 +1,4 @@
-"""Points to voxels: the mean of the first few points of each occupied voxel (methods.md 5.1)."""
+"""Points to voxels: the mean of the first few points of each occupied voxel."""
 
 from __future__ import annotations
 

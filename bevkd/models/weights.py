@@ -32,7 +32,9 @@ def load_weights(path: Path, model: nn.Module) -> None:
     try:
         found = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}. Restore it or train again.") from error
+        raise CheckpointError(
+            f"{path} is damaged or no safetensors file: {error}. Restore it or train again."
+        ) from error
     wanted = model.state_dict()
     faults = [f"missing: {name} {list(wanted[name].shape)}" for name in wanted if name not in found]
     faults += [f"not in the model: {name} {list(found[name].shape)}" for name in found if name not in wanted]

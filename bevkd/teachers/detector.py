@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,11 +13,10 @@ from pydantic import model_validator
 from bevkd.cache.manifest import TeacherIdentity
 from bevkd.config import PluginConfig, parse, read_yaml
 from bevkd.data.collate import Batch
-from bevkd.data.join import View
 from bevkd.errors import ContractError
 from bevkd.models.detector import Detector, DetectorConfig, view_of
-from bevkd.teachers.base import Teacher
 from bevkd.models.weights import load_weights
+from bevkd.teachers.base import Teacher
 from bevkd.types import Signals
 
 
@@ -56,7 +55,7 @@ class DetectorTeacher:
         self._device = device
         rows_columns = self.grid.shape
         tasks = len(detector.head.tasks)
-        self.shapes = {
+        self.shapes: Mapping[str, tuple[int, ...]] = {
             "bev_low": (detector.encoder.out_channels, *rows_columns),
             "bev_high": (detector.bev_encoder.out_channels, *rows_columns),
             "heatmap": (len(self.classes), *rows_columns),
@@ -94,7 +93,7 @@ def build(config: Config, classes: tuple[str, ...], device: torch.device) -> Tea
         name=config.name,
         architecture=detector_config.model_dump(mode="json"),
         weights_sha256=_weights_digest(detector),
-        preprocessing={"sensors": sorted(detector_config.sensors), "augmentation": None},
+        preprocessing={"sensors": [str(sensor) for sensor in sorted(detector_config.sensors)], "augmentation": None},
         origin=weights.name if weights else f"random weights of seed {config.seed}",
     )
     return DetectorTeacher(detector, identity, device)

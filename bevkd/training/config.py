@@ -10,25 +10,27 @@ from bevkd.config import StrictModel
 
 
 class TrainingConfig(StrictModel):
-    """Attributes:
-    steps: optimizer steps of the run.
-    batch_size: frames per process and forward pass.
-    accumulation: forward passes per optimizer step.
-    learning_rate: the schedule's peak, at the effective batch size as it is; nothing is scaled behind the scenes.
-    schedule: ``one_cycle`` (up over ``warmup``, cosine down), ``cosine`` (the same from full rate after a linear
-        ``warmup``), ``step`` (a tenth after each of ``milestones``), ``constant``; the last two after a linear
-        ``warmup`` too.
-    warmup, milestones: shares of the steps.
-    clip: largest gradient norm; larger ones are scaled down to it.
-    ema: decay of the exponential moving average of the weights that evaluation and export use; None switches it off.
-    precision: of accelerate's mixed precision.
-    labelled_share: share of labelled frames among those drawn when unlabelled ones take part; None draws all frames
-        alike.
-    workers: loader processes; 0 loads in the training process.
-    threads: CPU threads of the training process; None leaves it to torch. Runs are repeatable bit by bit for one
-        count of threads.
-    checkpoint_every: steps between checkpoints; 0 keeps only the last.
-    keep: newest checkpoints that stay.
+    """How long, how fast and how often.
+
+    Attributes:
+        steps: optimizer steps of the run.
+        batch_size: frames per process and forward pass.
+        accumulation: forward passes per optimizer step.
+        learning_rate: the schedule's peak, at the effective batch size as it is; nothing is scaled behind the scenes.
+        schedule: ``one_cycle`` (up over ``warmup``, cosine down), ``cosine`` (the same from full rate after a linear
+            ``warmup``), ``step`` (a tenth after each of ``milestones``), ``constant``; the last two after a linear
+            ``warmup`` too.
+        warmup, milestones: shares of the steps.
+        clip: largest gradient norm; larger ones are scaled down to it.
+        ema: decay of the exponential moving average of the weights that evaluation uses; None switches it off.
+        precision: of accelerate's mixed precision.
+        labelled_share: share of labelled frames among those drawn when unlabelled ones take part; None draws all frames
+            alike.
+        workers: loader processes; 0 loads in the training process.
+        threads: CPU threads of the training process; None leaves it to torch. Runs are repeatable bit by bit for one
+            count of threads.
+        checkpoint_every: steps between checkpoints; 0 keeps only the last.
+        keep: newest checkpoints that stay.
     """
 
     steps: int = Field(gt=0)

@@ -21,6 +21,7 @@ from bevkd.data.collate import Batch, Sample, collate
 from bevkd.data.join import TrainingDataset
 from bevkd.data.sampler import PositionSampler
 from bevkd.errors import TrainingError
+from bevkd.models.detector import channels_last
 from bevkd.models.weights import save_weights
 from bevkd.progress import Progress
 from bevkd.training.checkpoint import Checkpoints
@@ -91,8 +92,8 @@ class Trainer:
     ) -> None:
         self.config, self.run, self.metadata = config, run, dict(metadata)
         self.accelerator = Accelerator(mixed_precision=config.precision, cpu=device == "cpu")
-        # Convolutions run fastest this way, on CPUs as on GPUs.
-        self.objective = objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.objective = objective
+        channels_last(objective)
         trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.model, self.optimizer = self.accelerator.prepare(objective, optimizer)
@@ -213,7 +214,7 @@ class Trainer:
             worker_init_fn=_one_thread,
             multiprocessing_context="fork" if config.workers else None,
         )
-        return iter(loader)  # type: ignore[arg-type]
+        return iter(loader)
 
     def _state(self) -> dict[str, Any]:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

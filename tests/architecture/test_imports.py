@@ -75,7 +75,9 @@ def run(code: str) -> str:
 
 
 def test_the_scan_sees_imports_of_every_form() -> None:
-    tree = ast.parse("import a.b\nfrom c import d\ndef f():\n    from ..e import g\n    from . import h\nif x:\n    import i")
+    tree = ast.parse(
+        "import a.b\nfrom c import d\ndef f():\n    from ..e import g\n    from . import h\nif x:\n    import i"
+    )
     assert set(_imports(tree, "p.q")) == {"a.b", "c.d", "p.e.g", "p.q.h", "i"}
 
 
@@ -113,7 +115,7 @@ def test_the_story_of_the_student_leads_to_no_teacher() -> None:
         if module in reached or module not in sources():
             continue
         reached.add(module)
-        left += [name for name in imports(module)] + [name.rpartition(".")[0] for name in imports(module)]
+        left += [*imports(module), *(name.rpartition(".")[0] for name in imports(module))]
     assert "bevkd.training.loop" in reached
     assert {module for module in reached if within(module, "bevkd.teachers")} == set()
 

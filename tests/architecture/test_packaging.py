@@ -43,7 +43,13 @@ def test_the_wheel_holds_the_root_packages_and_nothing_else(wheel: set[str]) -> 
 
 @pytest.mark.parametrize(
     ("folder", "pattern"),
-    [("bevkd", "*.py"), ("pipeline", "*.py"), ("pipeline", "*.yaml"), ("cache_specs", "*.yaml"), ("cache_specs", "*.py")],
+    [
+        ("bevkd", "*.py"),
+        ("pipeline", "*.py"),
+        ("pipeline", "*.yaml"),
+        ("cache_specs", "*.yaml"),
+        ("cache_specs", "*.py"),
+    ],
 )
 def test_the_wheel_holds_every_source_recipe_and_spec(wheel: set[str], folder: str, pattern: str) -> None:
     wanted = tracked(folder, pattern)

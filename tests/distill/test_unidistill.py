@@ -240,7 +240,9 @@ def test_cells_that_the_teacher_does_not_cover_add_no_response() -> None:
 def test_frames_without_boxes_give_finite_zeros_with_a_gradient() -> None:
     nothing = (Boxes.empty(), Boxes.empty())
     student = student_output(0, 2)
-    terms = UniDistill(Config(), context())(student, teacher_batch(1, IDENTITY), batch_of(nothing, [True, False], IDENTITY))
+    terms = UniDistill(Config(), context())(
+        student, teacher_batch(1, IDENTITY), batch_of(nothing, [True, False], IDENTITY)
+    )
     assert {name: value.item() for name, value in terms.items()} == dict.fromkeys(terms, 0.0)
     torch.stack([*terms.values()]).sum().backward()
     assert student.bev_low.grad is not None
@@ -255,7 +257,7 @@ def test_confident_teacher_boxes_stand_in_on_frames_without_labels() -> None:
     pseudo = UniDistill(Config(pseudo_score=0.5), context())(
         student, teacher, batch_of((GOLDEN[0], Boxes.empty()), [True, False], affines)
     )
-    labelled = batch_of((GOLDEN[0], affines[1].apply_to_boxes(GOLDEN[1][[0, 2]])), [True, True], affines)
+    labelled = batch_of((GOLDEN[0], affines[1].apply_to_boxes(GOLDEN[1][torch.tensor([0, 2])])), [True, True], affines)
     torch.testing.assert_close(pseudo, UniDistill(Config(), context())(student, teacher, labelled))
     assert "boxes" in Config(pseudo_score=0.5).signals()
 

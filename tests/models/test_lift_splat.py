@@ -297,5 +297,3 @@ def test_backbone_weights_that_lack_a_stage_are_refused(tmp_path: Any) -> None:
     wider = {**BACKBONE.options, "hidden_sizes": [4, 8, 8], "depths": [1, 1, 1]}
     with pytest.raises(CheckpointError, match=r"stages\.2"):
         build(config(backbone=BackboneConfig(options=wider, weights=tmp_path)), GRID)
-
-

@@ -71,7 +71,7 @@ class TinyFrames(Dataset[Sample]):
         return Sample(Frame(f"frame{index}", position, points, boxes=boxes), BEVAffine.identity(), {})
 
 
-class Killed(Exception):
+class Killed(Exception):  # noqa: N818  it is no error of anybody's
     """Stands for a signal: nothing after it runs."""
 
 

@@ -297,7 +297,7 @@ def test_unlabelled_frames_give_no_detection_gradient() -> None:
     outputs: list[Any] = []
     detector.register_forward_hook(lambda *arguments: outputs.append(arguments[2]))
     with torch.enable_grad():
-        detector.encoder.register_forward_hook(lambda module, inputs, out: out.retain_grad())
+        detector.encoder.register_forward_hook(lambda *arguments: arguments[2].retain_grad())
         torch.stack([*objective(batch).values()]).sum().backward()
     gradient = outputs[0].bev_low.grad
     assert gradient[0].abs().sum() > 0

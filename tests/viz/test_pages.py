@@ -30,7 +30,7 @@ def ground_frame() -> Frame:
 
 def signals(batch: int = 1, **changes: object) -> Signals:
     rand = torch.rand
-    maps = {"bev_low": rand(batch, 4, 8, 8), "bev_high": rand(batch, 8, 4, 4), "heatmap": rand(batch, 2, 8, 8)}
+    maps = {"bev_low": rand(batch, 4, 8, 8), "bev_high": rand(batch, 8, 8, 8), "heatmap": rand(batch, 2, 8, 8)}
     return Signals(**{**maps, "boxes": (TRUTH,) * batch, **changes})  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Camera encoder: lift, splat, shoot (methods.md 5.5, plain variant) on any transformers image backbone."""
+"""Camera encoder: lift, splat, shoot (Philion and Fidler, arXiv 2008.05711) on any transformers image backbone."""
 
 from __future__ import annotations
 
@@ -56,12 +56,14 @@ class BackboneConfig(StrictModel):
 
 
 class Config(PluginConfig):
-    """Attributes:
-    image_height, image_width: size of the view that the network sees, in pixels.
-    stride: of the feature map that is lifted; one of the backbone's stage strides.
-    neck_channels: width of each stage in the neck (their concatenation is lifted).
-    channels: of ``bev_low``.
-    norm: batch norm on the splatted map; without it ``bev_low`` is the raw sum, as published.
+    """Config of the camera encoder.
+
+    Attributes:
+        image_height, image_width: size of the view that the network sees, in pixels.
+        stride: of the feature map that is lifted; one of the backbone's stage strides.
+        neck_channels: width of each stage in the neck (their concatenation is lifted).
+        channels: of ``bev_low``.
+        norm: batch norm on the splatted map; without it ``bev_low`` is the raw sum, as published.
     """
 
     name: Literal["lift_splat"] = "lift_splat"
@@ -188,7 +190,8 @@ def _backbone(config: BackboneConfig) -> tuple[nn.Module, list[int], list[int]]:
     if config.weights is not None:
         network = _pretrained(config.weights, config.options)
     else:
-        network = AutoBackbone.from_config(AutoConfig.for_model(config.model_type, **config.options))
+        settings = AutoConfig.for_model(config.model_type, **config.options)
+        network = AutoBackbone.from_config(settings)  # type: ignore[no-untyped-call]
     side = 128
     with torch.no_grad():
         network.eval()
@@ -212,9 +215,8 @@ def _pretrained(folder: Path, options: dict[str, Any]) -> nn.Module:
         )
     # AutoBackbone.from_pretrained asks the hub even for a local folder; the class behind it does not.
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, **options)
-    network, found = type(AutoBackbone.from_config(config)).from_pretrained(
-        str(folder), config=config, local_files_only=True, output_loading_info=True
-    )
+    kind: Any = type(AutoBackbone.from_config(config))  # type: ignore[no-untyped-call]
+    network, found = kind.from_pretrained(str(folder), config=config, local_files_only=True, output_loading_info=True)
     if found["missing_keys"]:
         raise CheckpointError(
             f"backbone weights in {folder} lack {', '.join(sorted(found['missing_keys'])[:5])}. "

@@ -1,7 +1,8 @@
-"""LiDAR encoder: the sparse voxel network of CenterPoint (methods.md 5.1), at any size."""
+"""LiDAR encoder: the sparse voxel network of CenterPoint (arXiv 2006.11275), at any size."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -21,13 +22,15 @@ SENSORS: frozenset[Sensor] = frozenset({"lidar"})
 
 
 class Config(PluginConfig):
-    """Attributes:
-    voxel_m: edges along x, y, z; the grid's cell is the x and y edge times the network's stride.
-    channels: width of each stage; every stage after the first halves the resolution.
-    blocks: residual blocks per stage.
-    out_channels: width of the last convolution, which halves the height; ``bev_low`` has these times the
-        remaining height slices.
-    max_points: points of a voxel that count.
+    """Config of the sparse voxel encoder.
+
+    Attributes:
+        voxel_m: edges along x, y, z; the grid's cell is the x and y edge times the network's stride.
+        channels: width of each stage; every stage after the first halves the resolution.
+        blocks: residual blocks per stage.
+        out_channels: width of the last convolution, which halves the height; ``bev_low`` has these times the
+            remaining height slices.
+        max_points: points of a voxel that count.
     """
 
     name: Literal["voxel"] = "voxel"
@@ -62,7 +65,7 @@ class VoxelEncoder(nn.Module):
         widths = config.channels
         self.conv_input = sub_m_block(5, widths[0], "sub_m1")
         self.stages = nn.ModuleList([_residuals(widths[0], config.blocks, "res1")])
-        for level, (previous, width) in enumerate(zip(widths, widths[1:], strict=False), start=2):
+        for level, (previous, width) in enumerate(pairwise(widths), start=2):
             # The last stage does not pad in z (41, 21, 11, 5 slices at full size).
             pad_z = 0 if level == len(widths) else 1
             down = down_conv(previous, width, f"spconv{level}", padding=(pad_z, 1, 1))
