@@ -135,7 +135,14 @@ def result_table(result: DemoResult) -> Table:
 
 
 def _overrides(world: Path, seed: int) -> list[str]:
-    return [f"data.root={world}", f"evaluation.data.root={world}", f"training.seed={seed}"]
+    # Half precision is twice as fast where the processor has instructions for it, and far slower where it emulates.
+    precision = "bf16" if torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() else "no"
+    return [
+        f"data.root={world}",
+        f"evaluation.data.root={world}",
+        f"training.seed={seed}",
+        f"training.precision={precision}",
+    ]
 
 
 def _finished(run: Path) -> bool:

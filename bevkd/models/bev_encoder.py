@@ -77,6 +77,9 @@ class BEVEncoder(nn.Module):
             self.deblocks.append(_upsample(width, up, total))
             in_channels = width
         self.dropout = nn.Dropout2d(config.dropout)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
     def forward(self, bev_low: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B D Y X"]:
         """Return ``bev_high`` at the resolution of ``bev_low``."""

@@ -41,6 +41,14 @@ def load_spconv() -> Any:
     return spconv
 
 
+def _prepared(conv: nn.Module) -> nn.Module:
+    """Return a convolution with its weights drawn for ReLU, which follows the device of its input."""
+    weight = conv.get_parameter("weight")
+    nn.init.normal_(weight, std=(2 / weight[0].numel()) ** 0.5)
+    conv.register_forward_pre_hook(_follow_device)
+    return conv
+
+
 def _follow_device(module: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Forward pre-hook: choose spconv's algorithm for the device that the features are on."""
     from spconv.core import ConvAlgo
@@ -51,8 +59,7 @@ def _follow_device(module: nn.Module, inputs: tuple[Any, ...]) -> None:
 def sub_m_conv(in_channels: int, out_channels: int, key: str) -> nn.Module:
     """Return a 3x3x3 submanifold convolution: it keeps the set of occupied voxels."""
     conv: nn.Module = load_spconv().SubMConv3d(in_channels, out_channels, 3, padding=1, bias=False, indice_key=key)
-    conv.register_forward_pre_hook(_follow_device)
-    return conv
+    return _prepared(conv)
 
 
 def down_conv(
@@ -66,8 +73,7 @@ def down_conv(
     """Return a strided sparse convolution with batch norm and ReLU; sizes are (z, y, x)."""
     spconv = load_spconv()
     conv = spconv.SparseConv3d(in_channels, out_channels, kernel, stride, padding, bias=False, indice_key=key)
-    conv.register_forward_pre_hook(_follow_device)
-    return spconv.SparseSequential(conv, _norm(out_channels), nn.ReLU())  # type: ignore[no-any-return]
+    return spconv.SparseSequential(_prepared(conv), _norm(out_channels), nn.ReLU())  # type: ignore[no-any-return]
 
 
 def sub_m_block(in_channels: int, out_channels: int, key: str) -> nn.Module:

@@ -76,7 +76,7 @@ def frame_page(
 ) -> Image.Image:
     """Return one page with everything known about a frame.
 
-    Cameras with teacher boxes and LiDAR points; bird's-eye view with points, annotations and teacher boxes; energy of
+    Cameras with annotations, teacher boxes and LiDAR points; bird's-eye view with points, annotations and teacher boxes; energy of
     ``bev_low`` and ``bev_high``, the heatmap's highest class and boxes per class. What is absent is left out.
 
     Args:
@@ -92,8 +92,7 @@ def frame_page(
         boxes["teacher"] = teacher[teacher.scores >= header.min_score]
     parts: list[Picture] = [_header(frame, header, boxes)]
     if frame.images is not None and frame.rig is not None:
-        shown: dict[Role, Boxes] = {"teacher": boxes["teacher"]} if "teacher" in boxes else boxes
-        parts.append(draw_cameras(frame, shown, classes, points=frame.points))
+        parts.append(draw_cameras(frame, boxes, classes, points=frame.points))
     parts.append(_ground(frame, grid, classes, boxes, signals, row))
     return stack(parts, gap_px=14, margin_px=MARGIN_PX)
 

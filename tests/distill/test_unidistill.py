@@ -136,6 +136,7 @@ def test_the_similarity_ignores_the_length_of_vectors() -> None:
 def context() -> DistillContext:
     parts: Any = SimpleNamespace(
         config=SimpleNamespace(grid=GRID),
+        head=SimpleNamespace(tasks=("car", "pedestrian")),
         encoder=SimpleNamespace(out_channels=4),
         bev_encoder=SimpleNamespace(out_channels=6),
     )
@@ -282,6 +283,29 @@ def test_adapters_bring_the_student_to_the_teachers_channels() -> None:
     terms = loss(student_output(0, 2), TeacherBatch(signals, IDENTITY, GRID), batch_of(GOLDEN, [True] * 2, IDENTITY))
     torch.stack([*terms.values()]).sum().backward()
     assert all(weight.grad is not None for weight in loss.parameters())
+
+
+@pytest.mark.parametrize(
+    ("config", "shapes", "advice"),
+    [
+        ({"response": 0}, {"bev_low": (8, 20, 20)}, "set adapter: true"),
+        ({"feature": 0}, {"box_code": (6, 10, 20, 20)}, "detector.head.tasks"),
+    ],
+)
+def test_maps_that_cannot_be_compared_are_reported_with_the_way_out(
+    config: dict[str, Any], shapes: dict[str, tuple[int, ...]], advice: str
+) -> None:
+    fitting = {"bev_low": (4, 20, 20), "box_code": (2, 10, 20, 20)}
+    assert Config().misfits(dataclasses.replace(context(), teacher_shapes=fitting)) == []
+    misfit = dataclasses.replace(context(), teacher_shapes={**fitting, **shapes})
+    (fault,) = Config(**config).misfits(misfit)
+    assert advice in fault
+    assert all(Config(feature=0, response=0).misfits(each) == [] for each in (misfit, context()))
+
+
+def test_an_adapter_makes_channels_fit() -> None:
+    wide = dataclasses.replace(context(), teacher_shapes={"bev_low": (8, 20, 20)})
+    assert Config(adapter=True, response=0).misfits(wide) == []
 
 
 def test_half_precision_students_give_a_float32_loss() -> None:

@@ -235,10 +235,14 @@ def test_the_full_nuscenes_size_gives_the_published_shapes() -> None:
     assert encoder.shape == (41, 1440, 1440)
     assert encoder.out_channels == 256
     assert NUSCENES.shape == (180, 180)
+    sizes: list[list[int]] = []
+    for stage in (*encoder.stages, encoder.conv_out):
+        stage.register_forward_hook(lambda *arguments: sizes.append(list(arguments[2].spatial_shape)))
     torch.manual_seed(0)
     place = (torch.rand(50, 3) - 0.5) * torch.tensor([100.0, 100.0, 6.0]) + torch.tensor([0.0, 0.0, -1.0])
     points = torch.cat([place, torch.rand(50, 2)], dim=1)
     assert encoder.eval()(batch_of(points, torch.zeros(50, dtype=torch.int64))).shape == (2, 256, 180, 180)
+    assert sizes == [[41, 1440, 1440], [21, 720, 720], [11, 360, 360], [5, 180, 180], [2, 180, 180]]
 
 
 def test_the_encoder_has_as_many_weights_as_openpcdet_but_for_biases_before_norms() -> None:

@@ -142,7 +142,7 @@ class LiftSplatEncoder(nn.Module):
         stages = self.backbone((images - self.mean) / self.std).feature_maps
         feature = self.neck(list(stages))
         H, W = feature.shape[-2:]
-        # Half precision would move pixels by several cells.
+        # Half precision would put one point in fifty into another cell.
         with torch.autocast(feature.device.type, enabled=False):
             rays = _rays(self._pixels(H, W), batch.intrinsics.flatten(0, 1))
             cells = self._cells(rays, batch.bev_from_camera.flatten(0, 1))

@@ -195,6 +195,8 @@ def _task(channels: int, classes: int, heatmap_bias: float) -> nn.ModuleDict:
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
     heatmap = _branch(channels, classes)
+    # Small weights leave the bias to say it: whatever the scale of the map, training starts from rare objects.
+    nn.init.normal_(heatmap.get_parameter("3.weight"), std=0.01)
     nn.init.constant_(heatmap.get_parameter("3.bias"), heatmap_bias)
     return nn.ModuleDict({**branches, "heatmap": heatmap})
 
