@@ -266,6 +266,8 @@ def cache_info(uri: Annotated[str, typer.Argument(metavar="URI")], as_json: Json
     from rich.table import Table
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")  # a name is worth nothing cut short
     for name, value in summary.items():
         table.add_row(f"[bold]{name}[/bold]", escape(value if isinstance(value, str) else json.dumps(value)))
     _out.print(table)
@@ -357,6 +359,12 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         _err.print("stopped; run the same command again to go on", highlight=False)
         raise SystemExit(130) from None
+    except OSError as error:
+        if debug:
+            raise
+        _err.print(f"[bold red]{type(error).__name__}[/bold red]", highlight=False)
+        advice = "Check that path, its rights and the free space, then run the same command again; --debug says more."
+        _err.print(escape(f"{error}\n{advice}"), highlight=False, soft_wrap=True)
     except Exception as error:
         if debug:
             raise

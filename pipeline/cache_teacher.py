@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -59,7 +60,7 @@ def cache_teacher(recipe: CacheRecipe, out: str, limit: int | None, progress: Pr
     spec = load_spec(recipe.spec)
     teacher: Teacher = registry.load("bevkd.teachers", recipe.teacher.name).build(recipe.teacher, classes, device)
     _check_spec(spec, teacher)
-    source = open_source(recipe.data, teacher.view.sensors)
+    source = open_source(recipe.data, teacher.view.sensors, progress)
     tokens = source.tokens[:limit]
     check_files(source, tokens, teacher.view.sensors)
 
@@ -126,10 +127,16 @@ def _infer(
     teacher: Teacher, spec: CacheSpec, batches: Iterator[Batch], task: Task
 ) -> Iterator[dict[str, torch.Tensor | Boxes]]:
     """Yield each frame's signals, on the CPU."""
-    for batch in batches:
+    started, waited = time.perf_counter(), 0.0
+    while True:
+        asked = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        waited += time.perf_counter() - asked
         signals = teacher.infer(batch)
         for index in range(len(batch.tokens)):
-            task.advance()
+            task.advance(data_wait=waited / (time.perf_counter() - started))
             yield _sample(signals, spec, index)
 
 

@@ -36,8 +36,13 @@ from pipeline.world import make_world
 if TYPE_CHECKING:
     from rich.table import Table
 
-ROLES = {"teacher": "teacher", "plain": "student", "distilled": "distilled"}
+    from bevkd.viz import Role
+
+ROLES: dict[str, Role] = {"teacher": "teacher", "plain": "student", "distilled": "distilled"}
 """Run folder of the demo, and the role it has in pictures."""
+
+STUDENTS = {"plain": "demo_student", "distilled": "demo_student_distilled"}
+"""Run folder of each student, and its recipe."""
 
 
 @dataclass(frozen=True)
@@ -152,21 +157,12 @@ def _finished(run: Path) -> bool:
 def _train_students(out: Path, world: Path, cache: Path, seed: int, progress: Progress) -> None:
     """Train both students at once, as the commands that a user would type, on one thread each."""
     settings = [part for override in _overrides(world, seed) for part in ("--set", override)]
-    commands = {
-        "plain": ["demo_student", "--out", str(out / "plain"), *settings],
-        "distilled": [
-            "demo_student_distilled",
-            "--out",
-            str(out / "distilled"),
-            "--cache",
-            f"teacher={cache}",
-            *settings,
-        ],
-    }
-    logs = {run: out / f"{run}.log" for run in commands}
+    caches = {"plain": [], "distilled": ["--cache", f"teacher={cache}"]}
+    logs = {run: out / f"{run}.log" for run in STUDENTS}
     processes = {}
-    for run, arguments in commands.items():
+    for run, recipe in STUDENTS.items():
         if not _finished(out / run):
+            arguments = [recipe, "--out", str(out / run), *caches[run], *settings]
             progress.note(f"$ bevkd train-student {' '.join(arguments)}")
             processes[run] = _start([*arguments, "--resume"], logs[run])
     _follow({run: out / run for run in processes}, list(processes.values()), progress)
@@ -189,7 +185,7 @@ def _start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
 
 def _follow(runs: dict[str, Path], processes: list[subprocess.Popen[bytes]], progress: Progress) -> None:
     """Show the steps of all runs together until their processes end; end them with this one."""
-    total = sum(load_train_steps(run) for run in runs)
+    total = sum(load_student(STUDENTS[run], []).training.steps for run in runs)
     done = 0
     try:
         with progress.task("training both students", total, "step") as task:
@@ -206,12 +202,6 @@ def _follow(runs: dict[str, Path], processes: list[subprocess.Popen[bytes]], pro
                 process.terminate()
 
 
-def load_train_steps(recipe_run: str) -> int:
-    """Return the steps of the demo's student of that name."""
-    name = "demo_student" if recipe_run == "plain" else "demo_student_distilled"
-    return load_student(name, []).training.steps
-
-
 def _draw(out: Path, teacher: TrainRecipe, student: TrainRecipe, rows: dict[str, dict[str, Any]]) -> tuple[Path, ...]:
     """Draw the frame with most objects nearby, as ground truth, teacher and students see it."""
     from bevkd.viz import DemoResults, demo_pages, save
@@ -219,8 +209,8 @@ def _draw(out: Path, teacher: TrainRecipe, student: TrainRecipe, rows: dict[str,
     assert student.evaluation is not None
     source = open_source(student.evaluation.data, frozenset())
     token = max(source.tokens, key=lambda each: int((source.annotations(each).center.norm(dim=1) < 20).sum()))
-    boxes: dict[str, Boxes] = {"ground_truth": source.annotations(token)}
-    features = {}
+    boxes: dict[Role, Boxes] = {"ground_truth": source.annotations(token)}
+    features: dict[Role, torch.Tensor] = {}
     for run, role in ROLES.items():
         recipe = teacher if run == "teacher" else student
         detector = Detector(recipe.detector, tuple(recipe.data.classes)).eval()
@@ -234,28 +224,27 @@ def _draw(out: Path, teacher: TrainRecipe, student: TrainRecipe, rows: dict[str,
             frame=source.load(token, frozenset({"lidar", "camera"})),
             grid=student.detector.grid,
             classes=source.classes,
-            boxes=boxes,  # type: ignore[arg-type]
-            features=features,  # type: ignore[arg-type]
-            ap={
-                role: {name: score["ap"] for name, score in rows[run]["metrics"]["per_class"].items()}
-                for run, role in ROLES.items()
-            },  # type: ignore[arg-type]
-            losses={role: _curve(out / run) for run, role in ROLES.items() if run != "teacher"},  # type: ignore[misc]
+            boxes=boxes,
+            features=features,
+            ap={role: _ap(rows[run]["metrics"]) for run, role in ROLES.items()},
+            losses={ROLES[run]: _curve(out / run) for run in STUDENTS},
             loss_title="Detection loss on labelled frames",
         )
     )
     return tuple(save(page, out / "pictures" / f"{name}.png") for name, page in pages.items())
 
 
-def _curve(run: Path) -> list[tuple[int, float]]:
-    """Return the detection loss by step, smoothed over neighbouring lines of the log."""
-    lines = read_log(run)
-    values = [line["detection/heatmap"] + line["detection/box"] for line in lines]
-    window = 5
-    return [
-        (
-            lines[index]["step"],
-            sum(values[max(0, index - window) : index + 1]) / len(values[max(0, index - window) : index + 1]),
-        )
-        for index in range(len(values))
-    ]
+def _ap(metrics: dict[str, Any]) -> dict[str, float]:
+    """Return AP by class, for the classes that the frames hold."""
+    return {name: metrics["per_class"][name]["ap"] for name in metrics["classes_present"]}
+
+
+def _curve(run: Path, window: int = 25) -> list[tuple[int, float]]:
+    """Return the detection loss by step, as a running mean over lines of the log that saw a labelled frame."""
+    seen = [(line["step"], line["detection/heatmap"] + line["detection/box"]) for line in read_log(run)]
+    seen = [(step, loss) for step, loss in seen if loss > 0]
+    curve = []
+    for index, (step, _) in enumerate(seen):
+        recent = [loss for _, loss in seen[max(0, index - window + 1) : index + 1]]
+        curve.append((step, sum(recent) / len(recent)))
+    return curve

@@ -23,7 +23,7 @@ from pipeline.recipe import EvaluateRecipe, EvaluationConfig, StudentRecipe
 def evaluate_detector(detector: Detector, config: EvaluationConfig, run: Path, progress: Progress) -> Report:
     """Predict on the evaluation frames, keep the detections in the run folder, and return their metrics."""
     sensors = detector.config.sensors
-    source = open_source(config.data, sensors)
+    source = open_source(config.data, sensors, progress)
     check_files(source, source.tokens, sensors)
     found = predict(detector, source, source.tokens, progress, config.batch_size)
     write_atomic(run / "detections.json", json.dumps(to_results(source, found)).encode())
@@ -59,14 +59,16 @@ def source_of_cache(reader: CacheReader, overrides: Sequence[str]) -> FrameSourc
     """
     recorded = dict(reader.manifest.config["data"])  # type: ignore[arg-type]
     recorded |= {"tokens": list(reader.tokens), "labels": 1.0, "skip_missing": False}
-    source = _source({"data": recorded}, overrides, f"the data config recorded in {reader.folder}, with --set,")
+    where = f"the data config recorded in {reader.folder} (it leaves out where the data lies: --set data.root=FOLDER)"
+    source = _source({"data": recorded}, overrides, where)
     contract("the data set is not the one of the cache:", reader.require((), dataset=source.identity))
     return source
 
 
 def evaluate_detections(path: Path, overrides: Sequence[str]) -> Report:
     """Return the metrics of a nuScenes result file; ``overrides`` say which data set it belongs to."""
-    source = _source({"data": {"name": "nuscenes"}}, overrides, "--set")
+    where = "the data set of the detections (give --set data.root=FOLDER, and data.version and data.split)"
+    source = _source({"data": {"name": "nuscenes"}}, overrides, where)
     return evaluate(source, load_detections(path, source))
 
 

@@ -15,6 +15,7 @@ from bevkd.cache.reader import CacheReader
 from bevkd.config import PluginConfig, StrictModel, read_yaml
 from bevkd.data.source import FrameSource, Sensor
 from bevkd.errors import ConfigError, ContractError, DataError, TrainingError, report
+from bevkd.progress import Progress
 from bevkd.training.checkpoint import write_atomic
 
 
@@ -34,9 +35,13 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def open_source(config: PluginConfig, sensors: frozenset[Sensor]) -> FrameSource:
-    """Return the data set of a recipe."""
+def open_source(config: PluginConfig, sensors: frozenset[Sensor], progress: Progress | None = None) -> FrameSource:
+    """Return the data set of a recipe; tells ``progress`` how many frames it leaves out for their sensor files."""
     source: FrameSource = registry.load("bevkd.data.sources", config.name).build(config, sensors)
+    skipped = getattr(source, "skipped", 0)
+    if skipped and progress:
+        frames = skipped + len(source.tokens)
+        progress.note(f"{skipped} of {frames} frames left out: sensor files missing or damaged (data.skip_missing)")
     return source
 
 
@@ -67,7 +72,7 @@ def prepare_run(run: Path, recipe: StrictModel, resume: bool) -> None:
     """Create a run folder with the resolved recipe, or check that it belongs to this recipe.
 
     Raises:
-        TrainingError: the folder holds another run, or one that was not asked to go on.
+        TrainingError: the folder holds another run, or one that was not asked to go on, or cannot be written.
     """
     if not is_main_process():
         return
@@ -80,10 +85,16 @@ def prepare_run(run: Path, recipe: StrictModel, resume: bool) -> None:
             raise report(TrainingError, f"{run} holds a run of another recipe; choose another --out:", different[:12])
         if not resume:
             raise TrainingError(f"{run} holds a run of this recipe. Add --resume to go on, or choose another --out.")
-    elif run.exists() and any(run.iterdir()):
-        raise TrainingError(f"{run} is not empty and holds no run. Choose another --out.")
-    run.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, yaml.safe_dump(resolved, sort_keys=False).encode())
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        # A run that was killed at once leaves a hidden temporary file, which does no harm.
+        if not path.exists() and any(not entry.name.startswith(".") for entry in run.iterdir()):
+            raise TrainingError(f"{run} is not empty and holds no run. Choose another --out.")
+        write_atomic(path, yaml.safe_dump(resolved, sort_keys=False).encode())
+    except OSError as error:
+        raise TrainingError(
+            f"{run} cannot be used as run folder: {error.strerror}. Choose another --out, a folder that can be written."
+        ) from error
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:

@@ -24,11 +24,12 @@ def train_student(recipe: StudentRecipe, run: Path, resume: bool, progress: Prog
         ContractError: caches, data set, model and losses do not fit together; lists every fault.
     """
     readers = open_caches(recipe.distill.caches) if recipe.distill else {}
-    source = open_source(recipe.data, recipe.detector.sensors)
+    source = open_source(recipe.data, recipe.detector.sensors, progress)
     detector = seeded_detector(recipe)
     if recipe.distill:
         faults = _faults(recipe, recipe.distill, source, detector, readers)
-        contract("this student cannot be distilled as asked:", faults)
+        advice = "Change the recipe to what the cache has, or write a cache that has what is wanted"
+        contract(f"this student cannot be distilled as asked. {advice}:", faults)
     prepare_run(run, recipe, resume)
     distillation = _build(recipe.distill, detector, readers) if recipe.distill else PLAIN
     return train(recipe, source, detector, distillation, run, progress)
@@ -80,10 +81,20 @@ def _build(distill: DistillConfig, detector: Detector, readers: Mapping[str, Cac
 
 
 def with_caches(recipe: StudentRecipe, caches: Mapping[str, str]) -> StudentRecipe:
-    """Return ``recipe`` with the URIs of ``--cache NAME=URI`` in place of its own."""
+    """Return ``recipe`` with the URIs of ``--cache NAME=URI`` in place of its own.
+
+    Raises:
+        ConfigError: the recipe has no losses, or none that reads one of ``caches``.
+    """
     if not caches:
         return recipe
     distill = recipe.distill
     if distill is None:
         raise ConfigError("--cache is given, but the recipe has no 'distill': add its losses, or leave out --cache.")
+    read = {loss.teacher for loss in distill.losses}
+    if unread := [f"{name}={uri}" for name, uri in caches.items() if name not in read]:
+        raise ConfigError(
+            f"--cache {', '.join(unread)}: no loss reads it. The caches that the losses read are called "
+            f"{', '.join(sorted(read)) or 'nothing'}; use such a name, or give the losses another 'teacher'."
+        )
     return recipe.model_copy(update={"distill": distill.model_copy(update={"caches": {**distill.caches, **caches}})})

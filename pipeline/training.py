@@ -87,11 +87,13 @@ def train(
     device = choose_device(recipe.device)
     readers = {name: reader for name, (reader, _) in distillation.caches.items()}
     objective = Objective(detector, distillation.losses, readers)
-    metadata = {
+    facts = {
         "recipe": digest(recipe),
-        "classes": json.dumps(detector.classes),
-        "caches": json.dumps({name: reader.manifest.name for name, reader in readers.items()}),
+        "classes": detector.classes,
+        "caches": {name: reader.manifest.name for name, reader in readers.items()},
     }
+    # One key only: safetensors writes several in an order of chance, and equal runs would have unequal files.
+    metadata = {"bevkd": json.dumps(facts, sort_keys=True)}
     trainer = Trainer(objective, recipe.training, run, device.type, metadata)
     step = trainer.resume()
     known = f"{len(labelled)} labelled" + (f" and {len(unlabelled)} unlabelled" if unlabelled else "")

@@ -57,9 +57,7 @@ def cache(bevkd: Bevkd, cache_recipe: Path, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="session")
 def student_recipe(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the recipe of a plain camera student."""
-    return kit.write(
-        tmp_path_factory.mktemp("recipes") / "student.yaml", kit.train_recipe(world, kit.STUDENT)
-    )
+    return kit.write(tmp_path_factory.mktemp("recipes") / "student.yaml", kit.train_recipe(world, kit.STUDENT))
 
 
 @pytest.fixture(scope="session")

@@ -121,8 +121,8 @@ class Bevkd:
         Args:
             before, after: Python that runs there before and after the command.
         """
-        code = f"import sys\n{before}\nimport cli\ntry:\n    cli.main()\nfinally:\n    pass\n{after}"
-        return self.python(code, *arguments)
+        main = "import cli\ntry:\n    cli.main()\nexcept SystemExit as stopped:\n    code = stopped.code"
+        return self.python(f"import sys\n{before}\n{main}\n{after}\nsys.exit(code)", *arguments)
 
     def python(self, code: str, *arguments: object) -> Outcome:
         """Return what ``code`` does in an interpreter of its own, at the root of the repository."""
