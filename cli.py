@@ -290,7 +290,7 @@ def cache_verify(
             raise typer.Exit(1)
         return
     if faults:
-        raise report(CacheError, f"{uri} is damaged:", faults)
+        raise report(CacheError, f"{uri} is not a whole cache:", faults)
     _out.print(f"{uri} is whole", highlight=False, soft_wrap=True)
 
 
@@ -345,6 +345,13 @@ def demo(
         _out.print(escape(line), highlight=False, soft_wrap=True)
 
 
+def _message(error: Exception) -> str:
+    """Return what an error says; torch buries that of a loader process under its traceback."""
+    kind, text = type(error), str(error)
+    name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+    return text.rpartition(f"\n{name}: ")[2].strip() if "in DataLoader worker process" in text else text
+
+
 def main() -> NoReturn:
     """Run the command line: exit code 0 is ok, 1 failed, 2 wrong usage."""
     arguments = sys.argv[1:]
@@ -355,16 +362,16 @@ def main() -> NoReturn:
         if debug:
             raise
         _err.print(f"[bold red]{type(error).__name__}[/bold red]", highlight=False)
-        _err.print(escape(str(error)), highlight=False, soft_wrap=True)
+        _err.print(escape(_message(error)), highlight=False, soft_wrap=True)
     except KeyboardInterrupt:
-        _err.print("stopped; run the same command again to go on", highlight=False)
+        _err.print("stopped; to go on, run the same command again (training with --resume)", highlight=False)
         raise SystemExit(130) from None
     except OSError as error:
         if debug:
             raise
         _err.print(f"[bold red]{type(error).__name__}[/bold red]", highlight=False)
         advice = "Check that path, its rights and the free space, then run the same command again; --debug says more."
-        _err.print(escape(f"{error}\n{advice}"), highlight=False, soft_wrap=True)
+        _err.print(escape(f"{_message(error)}\n{advice}"), highlight=False, soft_wrap=True)
     except Exception as error:
         if debug:
             raise

@@ -70,11 +70,10 @@ class DemoResult:
     def notes(self) -> tuple[str, ...]:
         """What a reader of the table must know."""
         return (
-            f"Distillation: {100 * self.gain:+.1f} points of mean AP over the classes present, within 25 m.",
-            "The distilled student also saw the unlabelled nine tenths of the frames, with boxes from the teacher: "
-            "teacher-labelled frames are extra data, which the plain student does not have.",
-            f"Cache: {self.cache_bytes_per_frame / 1e3:.1f} kB per frame. Pictures: "
-            + ", ".join(str(path) for path in self.pictures),
+            f"Distillation: {100 * self.gain:+.1f} points of mean AP.",
+            "The distilled student also saw the nine tenths of the frames that have no labels, with boxes from the "
+            "teacher: teacher-labelled frames are extra data, which the plain student does not have.",
+            f"Pictures in {self.pictures[0].parent}: {', '.join(path.name for path in self.pictures)}.",
             f"{self.seconds / 60:.1f} minutes.",
         )
 
@@ -119,22 +118,29 @@ def run_demo(out: Path, seed: int, progress: Progress) -> DemoResult:
 
 def result_table(result: DemoResult) -> Table:
     """Return the demo's table."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title="Validation frames, within 25 m", title_justify="left")
+    table = Table(
+        title="200 validation frames that no run has seen, objects within 25 m",
+        caption="mean AP: over the classes that occur; mAP and NDS: nuScenes' own, over all ten classes",
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     table.add_column("")
-    for heading in ("mean AP, classes present", "mAP, ten classes", "NDS", "s / step", "peak memory GB"):
+    for heading in ("mean AP", "mAP", "NDS", "s/step", "peak GB", "cache kB/frame"):
         table.add_column(heading, justify="right")
-    names = {"teacher": "LiDAR teacher", "plain": "camera student, plain", "distilled": "camera student, distilled"}
+    names = {"teacher": "LiDAR teacher", "plain": "plain student", "distilled": "distilled student"}
     for run, row in result.rows.items():
         metrics = row["metrics"]
         table.add_row(
             names[run],
-            f"{100 * metrics['mean_ap_present']:.1f}",
-            f"{100 * metrics['mAP']:.1f}",
-            f"{100 * metrics['NDS']:.1f}",
+            *(f"{100 * metrics[score]:.1f}" for score in ("mean_ap_present", "mAP", "NDS")),
             f"{row['step_seconds']:.3f}",
             f"{row['peak_memory_bytes'] / 1e9:.2f}",
+            f"{result.cache_bytes_per_frame / 1e3:.0f}" if run == "distilled" else "",
         )
     return table
 
@@ -228,7 +234,7 @@ def _draw(out: Path, teacher: TrainRecipe, student: TrainRecipe, rows: dict[str,
             features=features,
             ap={role: _ap(rows[run]["metrics"]) for run, role in ROLES.items()},
             losses={ROLES[run]: _curve(out / run) for run in STUDENTS},
-            loss_title="Detection loss on labelled frames",
+            loss_title="Detection loss",
         )
     )
     return tuple(save(page, out / "pictures" / f"{name}.png") for name, page in pages.items())

@@ -9,7 +9,7 @@ from pathlib import Path
 from bevkd.cache.reader import CacheReader
 from bevkd.config import apply_overrides, parse, read_yaml
 from bevkd.data.source import FrameSource
-from bevkd.errors import ConfigError
+from bevkd.errors import ConfigError, ContractError
 from bevkd.evaluation.nuscenes import Report, evaluate, load_detections, to_results
 from bevkd.evaluation.predict import predict
 from bevkd.models.detector import Detector
@@ -20,11 +20,27 @@ from pipeline.parts import check_files, choose_device, contract, open_source
 from pipeline.recipe import EvaluateRecipe, EvaluationConfig, StudentRecipe
 
 
-def evaluate_detector(detector: Detector, config: EvaluationConfig, run: Path, progress: Progress) -> Report:
-    """Predict on the evaluation frames, keep the detections in the run folder, and return their metrics."""
+def open_evaluation(config: EvaluationConfig, detector: Detector, progress: Progress) -> FrameSource:
+    """Return the frames to evaluate ``detector`` on, with all their files checked.
+
+    Raises:
+        ContractError: their classes are not the detector's, so that its labels would mean other classes.
+    """
     sensors = detector.config.sensors
     source = open_source(config.data, sensors, progress)
+    if source.classes != detector.classes:
+        raise ContractError(
+            f"evaluation.data.classes has {', '.join(source.classes)}, but the detector is trained on data.classes: "
+            f"{', '.join(detector.classes)}. Give both the same list, in the same order."
+        )
     check_files(source, source.tokens, sensors)
+    return source
+
+
+def evaluate_detector(
+    detector: Detector, source: FrameSource, config: EvaluationConfig, run: Path, progress: Progress
+) -> Report:
+    """Predict on the frames of ``source``, keep the detections in the run folder, and return their metrics."""
     found = predict(detector, source, source.tokens, progress, config.batch_size)
     write_atomic(run / "detections.json", json.dumps(to_results(source, found)).encode())
     return evaluate(source, found, max_distance_m=config.max_distance_m)
@@ -38,7 +54,8 @@ def evaluate_run(run: Path, overrides: Sequence[str], progress: Progress) -> Rep
         raise ConfigError(f"the recipe of {run} has no 'evaluation'. Add --set evaluation.data='{{name: ..., ...}}'.")
     detector = Detector(recipe.detector, tuple(recipe.data.classes)).to(choose_device(recipe.device))
     load_weights(run / "model.safetensors", detector)
-    return evaluate_detector(detector, recipe.evaluation, run, progress)
+    source = open_evaluation(recipe.evaluation, detector, progress)
+    return evaluate_detector(detector, source, recipe.evaluation, run, progress)
 
 
 def evaluate_cache(uri: str, overrides: Sequence[str]) -> Report:
@@ -55,13 +72,15 @@ def source_of_cache(reader: CacheReader, overrides: Sequence[str]) -> FrameSourc
     """Return the data set that a cache was made from, with exactly the frames of the cache.
 
     Raises:
-        ContractError: the data set there is another one, or was annotated anew.
+        ContractError: the data set there is another one, was annotated anew, or has other classes.
     """
     recorded = dict(reader.manifest.config["data"])  # type: ignore[arg-type]
     recorded |= {"tokens": list(reader.tokens), "labels": 1.0, "skip_missing": False}
     where = f"the data config recorded in {reader.folder} (it leaves out where the data lies: --set data.root=FOLDER)"
     source = _source({"data": recorded}, overrides, where)
-    contract("the data set is not the one of the cache:", reader.require((), dataset=source.identity))
+    contract(
+        "the data set is not the one of the cache:", reader.require((), classes=source.classes, dataset=source.identity)
+    )
     return source
 
 

@@ -41,7 +41,9 @@ def open_source(config: PluginConfig, sensors: frozenset[Sensor], progress: Prog
     skipped = getattr(source, "skipped", 0)
     if skipped and progress:
         frames = skipped + len(source.tokens)
-        progress.note(f"{skipped} of {frames} frames left out: sensor files missing or damaged (data.skip_missing)")
+        progress.note(
+            f"{skipped} of {frames} frames of {source.identity.split} left out: sensor files missing or damaged"
+        )
     return source
 
 

@@ -12,7 +12,7 @@ from bevkd.distill.base import DistillContext
 from bevkd.errors import ConfigError
 from bevkd.models.detector import Detector
 from bevkd.progress import Progress
-from pipeline.parts import contract, open_caches, open_source, prepare_run
+from pipeline.parts import contract, open_caches, open_source
 from pipeline.recipe import DistillConfig, StudentRecipe
 from pipeline.training import PLAIN, Distillation, RunSummary, seeded_detector, train
 
@@ -30,9 +30,8 @@ def train_student(recipe: StudentRecipe, run: Path, resume: bool, progress: Prog
         faults = _faults(recipe, recipe.distill, source, detector, readers)
         advice = "Change the recipe to what the cache has, or write a cache that has what is wanted"
         contract(f"this student cannot be distilled as asked. {advice}:", faults)
-    prepare_run(run, recipe, resume)
     distillation = _build(recipe.distill, detector, readers) if recipe.distill else PLAIN
-    return train(recipe, source, detector, distillation, run, progress)
+    return train(recipe, source, detector, distillation, run, resume, progress)
 
 
 def _signals(distill: DistillConfig) -> dict[str, tuple[str, ...]]:

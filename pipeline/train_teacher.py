@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bevkd.progress import Progress
-from pipeline.parts import open_source, prepare_run
+from pipeline.parts import open_source
 from pipeline.recipe import TrainRecipe
 from pipeline.training import PLAIN, RunSummary, seeded_detector, train
 
@@ -13,5 +13,4 @@ from pipeline.training import PLAIN, RunSummary, seeded_detector, train
 def train_teacher(recipe: TrainRecipe, run: Path, resume: bool, progress: Progress) -> RunSummary:
     """Train the detector of ``recipe`` in the folder ``run`` and evaluate it."""
     source = open_source(recipe.data, recipe.detector.sensors, progress)
-    prepare_run(run, recipe, resume)
-    return train(recipe, source, seeded_detector(recipe), PLAIN, run, progress)
+    return train(recipe, source, seeded_detector(recipe), PLAIN, run, resume, progress)

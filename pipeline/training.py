@@ -23,8 +23,8 @@ from bevkd.progress import Progress
 from bevkd.training.checkpoint import write_atomic
 from bevkd.training.loop import Trainer, TrainingResult
 from bevkd.training.objective import Objective
-from pipeline.evaluate import evaluate_detector
-from pipeline.parts import check_files, choose_device, is_main_process
+from pipeline.evaluate import evaluate_detector, open_evaluation
+from pipeline.parts import check_files, choose_device, is_main_process, prepare_run
 from pipeline.recipe import TrainRecipe
 
 
@@ -67,9 +67,13 @@ def train(
     detector: Detector,
     distillation: Distillation,
     run: Path,
+    resume: bool,
     progress: Progress,
 ) -> RunSummary:
-    """Train ``detector`` in ``run``, going on from its newest checkpoint if there is one, and evaluate it."""
+    """Train ``detector`` in ``run``, going on from its newest checkpoint if there is one, and evaluate it.
+
+    Everything that may be wrong is found before the run folder is made, the evaluation's frames included.
+    """
     labelled = [token for token in source.tokens if token in source.labelled]
     unlabelled = [token for token in source.tokens if token not in source.labelled] if distillation.unlabelled else []
     if not labelled and not unlabelled:
@@ -85,6 +89,9 @@ def train(
         recipe.training.seed,
     )
     device = choose_device(recipe.device)
+    evaluation = recipe.evaluation
+    held_out = open_evaluation(evaluation, detector, progress) if evaluation else None
+    prepare_run(run, recipe, resume)
     readers = {name: reader for name, (reader, _) in distillation.caches.items()}
     objective = Objective(detector, distillation.losses, readers)
     facts = {
@@ -101,9 +108,9 @@ def train(
     cost = trainer.train(dataset, progress)
 
     report = None
-    if recipe.evaluation is not None and is_main_process():
+    if evaluation and held_out and is_main_process():
         detector.load_state_dict(trainer.final_weights())
-        report = evaluate_detector(detector, recipe.evaluation, run, progress)
+        report = evaluate_detector(detector, held_out, evaluation, run, progress)
     summary = RunSummary(run, cost, report)
     if is_main_process():
         write_atomic(run / "result.json", json.dumps(summary.to_json(), indent=1).encode())
