@@ -70,6 +70,21 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+_MAY_DIFFER = frozenset(
+    {
+        "device",
+        "data.root",
+        "data.index_dir",
+        "evaluation.data.root",
+        "evaluation.data.index_dir",
+        "training.workers",
+        "training.checkpoint_every",
+        "training.keep",
+    }
+)
+"""What a resumed run may change: where things are, and how they are loaded and kept."""
+
+
 def prepare_run(run: Path, recipe: StrictModel, resume: bool) -> None:
     """Create a run folder with the resolved recipe, or check that it belongs to this recipe.
 
@@ -82,7 +97,11 @@ def prepare_run(run: Path, recipe: StrictModel, resume: bool) -> None:
     path = run / "recipe.yaml"
     if path.exists():
         earlier = read_yaml(path)
-        different = [f"{key}: {old!r} there, {new!r} here" for key, old, new in _differences(earlier, resolved)]
+        different = [
+            f"{key}: {old!r} there, {new!r} here"
+            for key, old, new in _differences(earlier, resolved)
+            if key not in _MAY_DIFFER
+        ]
         if different:
             raise report(TrainingError, f"{run} holds a run of another recipe; choose another --out:", different[:12])
         if not resume:

@@ -19,6 +19,9 @@ from bevkd.models.bev_encoder import BEVEncoder, BEVEncoderConfig
 from bevkd.models.heads.center import HeadOutput
 
 
+_SAFE_CHANNELS = 16
+
+
 class DetectorConfig(StrictModel):
     """What to build; the same for teachers and students.
 
@@ -65,8 +68,17 @@ class DetectorOutput:
 def channels_last(model: nn.Module) -> None:
     """Bring the weights of 2-D convolutions into the layout that runs fastest, on CPUs as on GPUs.
 
-    Values stay what they are. Sparse convolutions, whose weights have five dimensions, are left alone.
+    Values stay what they are. Sparse convolutions, whose weights have five dimensions, are left alone, and so are models
+    with a strided 1x1 convolution of few channels: oneDNN's backward pass of that case writes outside its memory.
     """
+    if any(
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and module.stride != (1, 1)
+        and module.in_channels < _SAFE_CHANNELS
+        for module in model.modules()
+    ):
+        return
     for parameter in model.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -42,10 +43,10 @@ class Checkpoints:
         temporary = self.folder / f".{final.name}.{os.getpid()}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        with (temporary / "state.pt").open("wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
+        # Through memory, because torch turns a full disk into an error of its own that does not say so.
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        write_atomic(temporary / "state.pt", buffer.getvalue())
         write_atomic(temporary / "checkpoint.json", json.dumps({"step": step}).encode())
         shutil.rmtree(final, ignore_errors=True)
         temporary.replace(final)

@@ -189,7 +189,7 @@ class Trainer:
         good = f"The last good checkpoint is of step {steps[-1]}." if steps else "There is no checkpoint yet."
         raise TrainingError(
             f"loss is not finite at step {self.step + 1} (terms: {bad}; frames: {', '.join(batch.tokens)}). {good} "
-            "Lower training.learning_rate or the weight of that term, then go on with --resume."
+            "Train again in another --out with a lower training.learning_rate or a lower weight of that term."
         )
 
     def _batches(self, dataset: TrainingDataset) -> Iterator[Batch]:

@@ -44,9 +44,11 @@ STUDENT = {
         "name": "lift_splat",
         "backbone": {
             "model_type": "resnet",
+            # Not narrower than 16: there oneDNN writes out of bounds in the backward pass of the 1x1 convolutions of
+            # stride 2, in the channels-last layout (uxlfoundation/oneDNN#6035), and the process may crash.
             "options": {
-                "embedding_size": 8,
-                "hidden_sizes": [8, 16],
+                "embedding_size": 16,
+                "hidden_sizes": [16, 16],
                 "depths": [1, 1],
                 "layer_type": "basic",
                 "out_features": ["stage1", "stage2"],

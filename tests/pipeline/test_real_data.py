@@ -21,7 +21,7 @@ SMALL_TEACHER = {
     "teacher.detector.head.channels": "8",
 }
 SMALL_STUDENT = {
-    "detector.encoder.backbone.options": "{embedding_size: 8, hidden_sizes: [8, 8, 16, 16], depths: [1, 1, 1, 1], "
+    "detector.encoder.backbone.options": "{embedding_size: 16, hidden_sizes: [16, 16, 16, 16], depths: [1, 1, 1, 1], "
     "layer_type: basic, out_features: [stage3, stage4]}",
     "detector.encoder.neck_channels": "8",
     "detector.encoder.channels": "8",

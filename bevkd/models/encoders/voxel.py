@@ -51,7 +51,7 @@ class VoxelEncoder(nn.Module):
         super().__init__()
         self.config, self.grid = config, grid
         stride = 2 ** (len(config.channels) - 1)
-        for axis, edge in zip("xy", config.voxel_m, strict=False):
+        for axis, edge in zip("xy", config.voxel_m[:2], strict=True):
             if abs(edge * stride - grid.cell_m) > 1e-6:
                 raise ConfigError(
                     f"detector.encoder.voxel_m: {axis} edge {edge} m times stride {stride} is {edge * stride:g} m, but "
