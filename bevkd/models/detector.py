@@ -18,7 +18,6 @@ from bevkd.grid import BEVGrid
 from bevkd.models.bev_encoder import BEVEncoder, BEVEncoderConfig
 from bevkd.models.heads.center import HeadOutput
 
-
 _SAFE_CHANNELS = 16
 
 
@@ -68,8 +67,8 @@ class DetectorOutput:
 def channels_last(model: nn.Module) -> None:
     """Bring the weights of 2-D convolutions into the layout that runs fastest, on CPUs as on GPUs.
 
-    Values stay what they are. Sparse convolutions, whose weights have five dimensions, are left alone, and so are models
-    with a strided 1x1 convolution of few channels: oneDNN's backward pass of that case writes outside its memory.
+    Values stay what they are. Sparse convolutions, whose weights have five dimensions, are left alone, and so are
+    models with a strided 1x1 convolution of few channels: oneDNN's backward pass of it writes outside its memory.
     """
     if any(
         isinstance(module, nn.Conv2d)

@@ -271,7 +271,7 @@ def test_a_loss_that_is_not_finite_names_step_term_frames_and_the_last_checkpoin
     with pytest.raises(TrainingError) as caught:
         run.train(TinyFrames(), Silent())
     message = str(caught.value)
-    for part in ("step 6", "bad/term", "frame0, frame1", "checkpoint is of step 4", "--resume"):
+    for part in ("step 6", "bad/term", "frame0, frame1", "checkpoint is of step 4", "another --out"):
         assert part in message
     assert "detection" not in message
 
