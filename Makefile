@@ -1,4 +1,4 @@
-# make demo   a camera student learns from a cached LiDAR teacher, on this machine, in about a quarter of an hour
+# make demo   a camera student learns from a cached LiDAR teacher, on this machine, in ten to fifteen minutes
 # make test   lint, types and tests
 # Both make the virtual environment when it is missing; repeated calls skip what is done.
 
