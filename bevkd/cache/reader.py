@@ -169,9 +169,14 @@ class CacheReader:
             old, new = held.dataset.model_dump(), dataset.model_dump()
             faults += [
                 f"dataset.{key}: the cache has {old[key]!r}, wanted is {new[key]!r}"
-                for key in ("name", "version", "annotation_digest")
+                for key in ("name", "version")
                 if old[key] != new[key]
             ]
+            if old["annotation_digest"] != new["annotation_digest"]:
+                faults.append(
+                    f"dataset.annotation_digest: the cache has {old['annotation_digest'][:12]}, wanted is "
+                    f"{new['annotation_digest'][:12]}: another data set, or one that was annotated anew"
+                )
         if tokens is not None and (absent := [token for token in tokens if token not in self]):
             some = ", ".join(absent[:_SHOWN]) + (", ..." if len(absent) > _SHOWN else "")
             faults.append(f"tokens: {len(absent)} of {len(tokens)} samples are not in the cache: {some}")

@@ -13,7 +13,7 @@ from pydantic import model_validator
 from bevkd.cache.manifest import TeacherIdentity
 from bevkd.config import PluginConfig, parse, read_yaml
 from bevkd.data.collate import Batch
-from bevkd.errors import ContractError
+from bevkd.errors import CheckpointError, ContractError
 from bevkd.models.detector import Detector, DetectorConfig, view_of
 from bevkd.models.weights import load_weights
 from bevkd.teachers.base import Teacher
@@ -100,6 +100,10 @@ def build(config: Config, classes: tuple[str, ...], device: torch.device) -> Tea
 
 
 def _trained(run: Path, classes: Sequence[str]) -> DetectorConfig:
+    if not (run / "recipe.yaml").is_file():
+        raise CheckpointError(
+            f"teacher.run: there is no run in {run} (no recipe.yaml). Give the --out folder of a train-teacher run."
+        )
     recipe = read_yaml(run / "recipe.yaml")
     trained_on = recipe.get("data", {}).get("classes", [])
     if list(trained_on) != list(classes):

@@ -267,7 +267,7 @@ def test_the_contract_names_all_faults_at_once(cache: Path) -> None:
     text = "\n".join(faults)
     for part in (
         "bev_mid is not stored", "cell 1.0 m", "cell 0.5 m", "wanted are truck, car",
-        "dataset.annotation_digest", "'a1'", "'b2'", "4 of 5 samples are not in the cache: x1, x2, x3, ...",
+        "dataset.annotation_digest", "has a1", "wanted is b2", "4 of 5 samples are not in the cache: x1, x2, x3, ...",
     ):  # fmt: skip
         assert part in text
     assert len(faults) == 5

@@ -373,7 +373,7 @@ def test_a_teacher_that_was_trained_on_other_classes(caching: Command, teacher: 
 
 def test_a_teacher_run_that_is_not_there(caching: Command, tmp_path: Path) -> None:
     outcome = caching("--set", f"teacher.run={tmp_path / 'nowhere'}")
-    complains(outcome, "ConfigError", tmp_path / "nowhere" / "recipe.yaml", "Check the path")
+    complains(outcome, "CheckpointError", tmp_path / "nowhere", "recipe.yaml", "train-teacher")
 
 
 def test_a_teacher_run_that_is_not_finished(caching: Command, teacher: Path, tmp_path: Path) -> None:
