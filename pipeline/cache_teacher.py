@@ -27,6 +27,7 @@ from pipeline.recipe import CacheRecipe
 _NOT_OF_THE_CACHE = {
     "device": True,
     "workers": True,
+    "spec": True,  # the header holds what it says, the recipe where it lies
     "data": {"root", "index_dir", "labels", "labels_seed", "skip_missing"},
     "teacher": {"run", "weights"},
 }

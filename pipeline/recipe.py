@@ -7,11 +7,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from bevkd import config
-from bevkd.config import StrictModel, plugin
+from bevkd.config import PluginConfig, StrictModel, plugin
 from bevkd.data.augment import AugmentConfig
+from bevkd.distill.base import DistillLossConfig
 from bevkd.errors import ConfigError
 from bevkd.models.detector import DetectorConfig
 from bevkd.training.config import TrainingConfig
@@ -61,6 +62,16 @@ class DistillConfig(StrictModel):
     caches: dict[str, str]
     losses: tuple[plugin("bevkd.distill"), ...] = ()  # type: ignore[valid-type]
     frames: Literal["all", "labelled"] = "all"
+
+    @field_validator("losses")
+    @classmethod
+    def _check_losses(cls, losses: tuple[PluginConfig, ...]) -> tuple[PluginConfig, ...]:
+        for loss in losses:
+            if not isinstance(loss, DistillLossConfig):
+                raise ValueError(
+                    f"the Config of loss '{loss.name}' must derive from bevkd.distill.base.DistillLossConfig"
+                )
+        return losses
 
 
 class StudentRecipe(TrainRecipe):
