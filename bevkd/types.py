@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-BOX_FIELDS = ("x", "y", "z", "length", "width", "height", "yaw", "vx", "vy")
+from bevkd.signals import BOX_FIELDS, SIGNALS
+
+__all__ = ["BOX_FIELDS", "SIGNALS", "BoxPoints", "Boxes", "Frame", "Instances", "Rig", "Signals", "SparseMap"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,78 @@ class Frame:
 
 
 @dataclass(frozen=True)
+class BoxPoints:
+    """A map's values at the nine points of the annotated boxes of one frame.
+
+    Attributes:
+        boxes: x, y, z, length, width, height m and yaw rad, un-augmented.
+        values: at four corners, centre and four edge mid-points, see ``bevkd.geometry.boxes.nine_points``.
+    """
+
+    boxes: Float[Tensor, "n 7"]
+    values: Float[Tensor, "n 9 C"]
+
+    def __len__(self) -> int:
+        return self.boxes.shape[0]
+
+    def to(self, device: torch.device | str) -> BoxPoints:
+        """Return the points on ``device``."""
+        return BoxPoints(self.boxes.to(device), self.values.to(device))
+
+
+@dataclass(frozen=True)
+class SparseMap:
+    """A map that is known at some cells only.
+
+    Attributes:
+        values: zero where unknown.
+        known: a zero at a known cell is a value.
+    """
+
+    values: Float[Tensor, "*c Y X"]
+    known: Bool[Tensor, "*b Y X"]
+
+
+@dataclass(frozen=True)
+class Instances:
+    """Objects in the camera images of one frame.
+
+    Attributes:
+        cameras: index of each instance's camera in the rig.
+        boxes: left, top, right, bottom in pixels of the ORIGINAL image; right and bottom edges are exclusive.
+        labels: class indices of the segmenter.
+        scores: confidence in [0, 1].
+        masks: the mask of each instance, spread over exactly its box: as many rows and columns as the box has pixels
+            when a teacher gives it, fewer when a cache does.
+    """
+
+    cameras: Int[Tensor, "n"]
+    boxes: Float[Tensor, "n 4"]
+    labels: Int[Tensor, "n"]
+    scores: Float[Tensor, "n"]
+    masks: tuple[Bool[Tensor, "_ _"], ...]
+
+    @classmethod
+    def empty(cls) -> Instances:
+        """Return zero instances."""
+        none = torch.zeros(0, dtype=torch.int64)
+        return cls(none, torch.zeros(0, 4), none, torch.zeros(0), ())
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def to(self, device: torch.device | str) -> Instances:
+        """Return the instances on ``device``."""
+        return Instances(
+            self.cameras.to(device),
+            self.boxes.to(device),
+            self.labels.to(device),
+            self.scores.to(device),
+            tuple(mask.to(device) for mask in self.masks),
+        )
+
+
+@dataclass(frozen=True)
 class Signals:
     """What a teacher knows about B frames; absent signals are None.
 
@@ -123,6 +197,9 @@ class Signals:
         heatmap: class logits of all tasks in the class order of the data set.
         box_code: per task offset 2, z 1, log size 3, (sin, cos) 2, velocity 2.
         boxes: decoded boxes per frame.
+        box_code_known: cells at which ``box_code`` is known; None means all.
+        points_low, points_high: ``bev_low`` and ``bev_high`` at the nine points of each annotated box, per frame.
+        instances: objects in the camera images, per frame.
     """
 
     bev_low: Float[Tensor, "B C Y X"] | None = None
@@ -130,6 +207,10 @@ class Signals:
     heatmap: Float[Tensor, "B K Y X"] | None = None
     box_code: Float[Tensor, "B T 10 Y X"] | None = None
     boxes: tuple[Boxes, ...] | None = None
+    box_code_known: Bool[Tensor, "B Y X"] | None = None
+    points_low: tuple[BoxPoints, ...] | None = None
+    points_high: tuple[BoxPoints, ...] | None = None
+    instances: tuple[Instances, ...] | None = None
 
     def need(self, name: str) -> Tensor:
         """Return the map ``name``, which the contract check has promised."""
@@ -137,7 +218,3 @@ class Signals:
         if not isinstance(value, Tensor):
             raise KeyError(f"signal '{name}' is not in this batch")
         return value
-
-
-SIGNALS = ("bev_low", "bev_high", "heatmap", "box_code", "boxes")
-"""Names of the signals that a detector teacher can write."""

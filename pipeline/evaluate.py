@@ -76,7 +76,7 @@ def source_of_cache(reader: CacheReader, overrides: Sequence[str]) -> FrameSourc
     """
     recorded = dict(reader.manifest.config["data"])  # type: ignore[arg-type]
     recorded |= {"tokens": list(reader.tokens), "labels": 1.0, "skip_missing": False}
-    where = f"the data config recorded in {reader.folder} (it leaves out where the data lies: --set data.root=FOLDER)"
+    where = f"the data config recorded in {reader.uri} (it leaves out where the data lies: --set data.root=FOLDER)"
     source = _source({"data": recorded}, overrides, where)
     contract(
         "the data set is not the one of the cache:", reader.require((), classes=source.classes, dataset=source.identity)

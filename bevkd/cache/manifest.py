@@ -7,7 +7,6 @@ import json
 import math
 import platform
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, Field, JsonValue, model_validator
@@ -15,6 +14,7 @@ from pydantic import BaseModel, Field, JsonValue, model_validator
 from bevkd.cache import blocks
 from bevkd.cache.encoding import ArraySpec, all_arrays
 from bevkd.cache.spec import CacheSpec, SignalName
+from bevkd.cache.store import FileRecord, Store
 from bevkd.config import StrictModel, digest, parse
 from bevkd.data.source import DatasetIdentity
 from bevkd.errors import CacheError, ConfigError, report
@@ -26,13 +26,15 @@ ROOT = "zarr.json"
 MANIFEST = "manifest.json"
 COMMITS = "commits"
 _MAX_ELEMENTS = 2**28
+MAX_JSON_BYTES = 2**28
+"""A manifest of 28,130 samples has 3 MB."""
+
 _WRITERS = ("bevkd", "numcodecs", "numpy", "torch", "zarr")
 
 Model = TypeVar("Model", bound=BaseModel)
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Token = Annotated[str, Field(min_length=1, max_length=256)]
 Dimension = Annotated[int, Field(ge=1, le=65_536)]
-Bytes = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 def package_versions() -> dict[str, str]:
@@ -128,13 +130,6 @@ class Header(StrictModel):
         return blocks.tokens_of(self.tokens, self.spec.block, block)
 
 
-class FileRecord(StrictModel):
-    """Size and CRC-32C (eight hexadecimal digits) of a file."""
-
-    bytes: Bytes
-    crc32c: str = Field(pattern="^[0-9a-f]{8}$")
-
-
 class SignalStats(StrictModel):
     """The worst sample of a block: highest error (see ``SignalSpec.max_error``), lowest cosine similarity."""
 
@@ -206,76 +201,82 @@ def to_json(value: BaseModel | Mapping[str, Any]) -> bytes:
         raise CacheError(f"the teacher's identity or the config holds {error}: write such numbers as text.") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(store: Store, key: str) -> dict[str, Any]:
     """Return the mapping in a JSON file of a cache.
 
     Raises:
-        CacheError: the file is missing or damaged.
+        CacheError: the file is missing, damaged, or far larger than such a file can be.
     """
+    place = store.place(key)
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(store.read(key, MAX_JSON_BYTES))
     except OSError as error:
-        raise CacheError(f"cannot read {path}: {error.strerror}. Restore it from a copy of the cache.") from error
+        raise CacheError(f"cannot read {place}: {error.strerror}. Restore it from a copy of the cache.") from error
     except (ValueError, RecursionError) as error:
-        raise CacheError(f"{path} is damaged: it is no JSON text. Restore it from a copy of the cache.") from error
+        raise CacheError(f"{place} is damaged: it is no JSON text. Restore it from a copy of the cache.") from error
     if not isinstance(data, dict):
-        raise CacheError(f"{path} is damaged: it holds no mapping. Restore it from a copy of the cache.")
+        raise CacheError(f"{place} is damaged: it holds no mapping. Restore it from a copy of the cache.")
     return data
 
 
-def parse_json(model: type[Model], data: dict[str, Any], path: Path) -> Model:
-    """Return ``data``, read from ``path``, as ``model``.
+def parse_json(model: type[Model], data: dict[str, Any], place: str) -> Model:
+    """Return ``data``, read from the file named ``place``, as ``model``.
 
     Raises:
         CacheError: written by a later version of bevkd, or faults, all of which are listed.
     """
     version = data.get("schema_version", SCHEMA_VERSION)
     if version != SCHEMA_VERSION:
-        raise CacheError(f"{path} has schema version {version}, this bevkd reads {SCHEMA_VERSION}. Upgrade bevkd.")
+        raise CacheError(f"{place} has schema version {version}, this bevkd reads {SCHEMA_VERSION}. Upgrade bevkd.")
     try:
-        return parse(model, data, str(path))
+        return parse(model, data, place)
     except ConfigError as error:
         raise CacheError(f"{error}\nRestore the file from a copy of the cache.") from error
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(store: Store) -> Manifest:
     """Return the manifest of a sealed cache.
 
     Raises:
         CacheError: the manifest is missing, damaged, or does not have its own digest as its name.
     """
-    path = folder / MANIFEST
-    data = read_json(path)
-    manifest = parse_json(Manifest, data, path)
+    place = store.place(MANIFEST)
+    data = read_json(store, MANIFEST)
+    manifest = parse_json(Manifest, data, place)
     if name_of(data) != manifest.name:
         raise CacheError(
-            f"{path} was changed after the cache was sealed: its digest is {name_of(data)[:12]}, its name is "
+            f"{place} was changed after the cache was sealed: its digest is {name_of(data)[:12]}, its name is "
             f"{manifest.name[:12]}. Restore it from a copy of the cache."
         )
     return manifest
 
 
-def committed(folder: Path) -> set[int]:
+def record_key(block: int) -> str:
+    """Return the place of a commit record in the cache."""
+    return f"{COMMITS}/{block}.json"
+
+
+def committed(store: Store) -> set[int]:
     """Return the blocks of a cache that have a commit record."""
-    names = (entry.name.removesuffix(".json") for entry in (folder / COMMITS).glob("*.json"))
+    names = (name.removesuffix(".json") for name in store.sizes(COMMITS) if name.endswith(".json"))
     return {int(name) for name in names if name.isdecimal()}
 
 
-def read_header(folder: Path) -> Header:
+def read_header(store: Store) -> Header:
     """Return the header of a cache, sealed or not.
 
     Raises:
         CacheError: there is none, or it is damaged.
     """
-    path = folder / ROOT
-    attributes = read_json(path).get("attributes")
+    place = store.place(ROOT)
+    attributes = read_json(store, ROOT).get("attributes")
     found = attributes.get("bevkd") if isinstance(attributes, dict) else None
     if not isinstance(found, dict):
-        raise CacheError(f"{path} is not of a bevkd cache. Give the folder that cache-teacher wrote, or a new one.")
-    return parse_json(Header, found, path)
+        raise CacheError(f"{place} is not of a bevkd cache. Give the folder that cache-teacher wrote, or a new one.")
+    return parse_json(Header, found, place)
 
 
-def check_same(path: Path, existing: Header, wanted: Header) -> None:
+def check_same(place: str, existing: Header, wanted: Header) -> None:
     """Check that a run may go on with a cache that another run began; package versions may differ.
 
     Raises:
@@ -293,7 +294,7 @@ def check_same(path: Path, existing: Header, wanted: Header) -> None:
         faults.append(f"tokens: the cache has {len(existing.tokens)}, this run {len(wanted.tokens)}; {how}")
     if faults:
         headline = (
-            f"{path} was begun by a different run. Write to another folder, undo these differences, or delete the "
+            f"{place} was begun by a different run. Write to another folder, undo these differences, or delete the "
             "folder to start again:"
         )
         raise report(CacheError, headline, faults)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bevkd.cache import blocks, files, shard
+from bevkd.cache import blocks, shard
 from bevkd.cache.encoding import Array, ArraySpec, arrays_for, decode
-from bevkd.cache.manifest import COMMITS, MANIFEST, ROOT, Manifest, committed, read_header, read_manifest
+from bevkd.cache.manifest import MANIFEST, ROOT, Manifest, committed, read_header, read_manifest, record_key
+from bevkd.cache.store import FileRecord, Store, open_store
 from bevkd.data.source import DatasetIdentity
 from bevkd.errors import CacheError
 from bevkd.grid import BEVGrid
 from bevkd.types import Boxes
+
+if TYPE_CHECKING:
+    from bevkd.cache.local_copy import LocalCopies
 
 _SHOWN = 3
 
@@ -29,9 +32,9 @@ class CacheReader:
     It holds no open file, so it may be used after a fork and by several threads; it is pickled as its path.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder = folder
-        self.manifest = manifest
+    def __init__(self, store: Store, manifest: Manifest, copies: LocalCopies | None = None) -> None:
+        self.store, self.manifest, self.copies = store, manifest, copies
+        self._shards: shard.ShardSource = copies.over(store, manifest) if copies and store.remote else store
         self._samples = {token: sample for sample, token in enumerate(manifest.tokens)}
         self._arrays = {
             signal: arrays_for(signal, spec, manifest.sample_shapes.get(signal, ()))
@@ -40,27 +43,25 @@ class CacheReader:
         self._indices: dict[tuple[str, int], shard.Index] = {}
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
-        """Return a reader of the cache at ``path`` (a folder or its ``file://`` address).
+    def open(cls, uri: str | Path, copies: LocalCopies | None = None) -> Self:
+        """Return a reader of the cache at ``uri``: a path, a ``file://`` address or ``s3://bucket/prefix``.
+
+        Args:
+            copies: where whole shards of a remote cache are kept for the next read; None reads single samples.
 
         Raises:
             CacheError: there is no cache, it is not sealed, or its manifest or metadata are damaged.
         """
-        folder = files.local_path(path).absolute()
-        if not (folder / MANIFEST).exists():
-            raise CacheError(_why_not_sealed(folder))
-        manifest = read_manifest(folder)
-        for name, record in manifest.files.items():
-            try:
-                found = shard.file_record(folder / name)
-            except OSError as error:
-                raise CacheError(f"{folder / name} cannot be read: {error.strerror}. {_RESTORE}.") from error
-            if found != record:
-                raise CacheError(f"{folder / name} is damaged: its checksum is not the manifest's. {_RESTORE}.")
-        return cls(folder, manifest)
+        store = open_store(Path(uri).absolute() if "://" not in str(uri) else uri)
+        return cls(store, open_manifest(store), copies)
 
-    def __reduce__(self) -> tuple[Callable[[Path], CacheReader], tuple[Path]]:
-        return type(self).open, (self.folder,)
+    def __reduce__(self) -> tuple[Callable[..., CacheReader], tuple[str, LocalCopies | None]]:
+        return type(self).open, (self.store.uri, self.copies)
+
+    @property
+    def uri(self) -> str:
+        """The cache's address."""
+        return self.store.uri
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -81,7 +82,7 @@ class CacheReader:
         """
         if absent := [signal for signal in signals if signal not in self._arrays]:
             raise CacheError(
-                f"cache {self.folder} holds no {', '.join(absent)}, only {', '.join(self._arrays)}. Write a cache "
+                f"cache {self.uri} holds no {', '.join(absent)}, only {', '.join(self._arrays)}. Write a cache "
                 "with a spec that stores it."
             )
         return tuple(array for signal in signals for array in self._arrays[signal])
@@ -99,7 +100,7 @@ class CacheReader:
         arrays = self.arrays(signals)
         sample = self._samples.get(token)
         if sample is None:
-            raise CacheError(f"cache {self.folder} holds no sample '{token}'. Write a cache of the data set you use.")
+            raise CacheError(f"cache {self.uri} holds no sample '{token}'. Write a cache of the data set you use.")
         block, slot = blocks.locate(sample, self.manifest.spec.block)
         found = {}
         for array in arrays:
@@ -111,7 +112,7 @@ class CacheReader:
             try:
                 self._read_sample(array, block, slot, buffer)
             except CacheError as error:
-                raise CacheError(f"sample '{token}' of cache {self.folder}: {error}. {self._advice(block)}") from error
+                raise CacheError(f"sample '{token}' of cache {self.uri}: {error}. {self._advice(block)}") from error
             found[array.name] = buffer
         return found
 
@@ -139,9 +140,9 @@ class CacheReader:
         index = self._indices.get((array.name, block))
         if index is None:
             record = self.manifest.records[block]
-            path = self.folder / shard.shard_name(array, block)
+            key = shard.shard_name(array, block)
             used, size = len(record.tokens), record.arrays[array.name].bytes
-            index = shard.read_index(path, self.manifest.spec.block, used, size)
+            index = shard.read_index(self._shards, key, self.manifest.spec.block, used, size, array.nbytes)
             self._indices[array.name, block] = index
         return index
 
@@ -180,29 +181,25 @@ class CacheReader:
         if tokens is not None and (absent := [token for token in tokens if token not in self]):
             some = ", ".join(absent[:_SHOWN]) + (", ..." if len(absent) > _SHOWN else "")
             faults.append(f"tokens: {len(absent)} of {len(tokens)} samples are not in the cache: {some}")
-        return [f"cache {self.folder}: {fault}" for fault in faults]
+        return [f"cache {self.uri}: {fault}" for fault in faults]
 
     def _read_sample(self, array: ArraySpec, block: int, slot: int, buffer: Array) -> None:
         offset, size = self.check_index(array, block)[slot].tolist()
-        path = self.folder / shard.shard_name(array, block)
+        key = shard.shard_name(array, block)
         try:
-            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                data = os.pread(handle, size, offset)
-            finally:
-                os.close(handle)
+            data = self._shards.read_range(key, offset, size)
         except OSError as error:
-            raise CacheError(f"shard {path} cannot be read: {error.strerror}") from error
+            raise CacheError(f"shard {self._shards.place(key)} cannot be read: {error.strerror}") from error
         if len(data) != size:
-            raise CacheError(f"shard {path} is truncated")
+            raise CacheError(f"shard {self._shards.place(key)} is truncated")
         try:
             shard.decompress(data, buffer)
         except CacheError as error:
-            raise CacheError(f"shard {path}: {error}") from error
+            raise CacheError(f"shard {self._shards.place(key)}: {error}") from error
 
     def _advice(self, block: int) -> str:
         return (
-            f"{_RESTORE}, or delete {MANIFEST}, {COMMITS}/{block}.json and the shards c.{block}* and run cache-teacher "
+            f"{_RESTORE}, or delete {MANIFEST}, {record_key(block)} and the shards c.{block}* and run cache-teacher "
             "again"
         )
 
@@ -210,12 +207,38 @@ class CacheReader:
 _RESTORE = "Restore the file from a copy of the cache"
 
 
-def _why_not_sealed(folder: Path) -> str:
-    if not (folder / ROOT).exists():
-        return f"there is no cache at {folder}. Check the path, or write one with cache-teacher."
-    header = read_header(folder)
-    done = len(committed(folder))
+def open_manifest(store: Store) -> Manifest:
+    """Return the manifest of a sealed cache after checking it and the metadata files that it lists.
+
+    Raises:
+        CacheError: there is no cache, it is not sealed, or manifest or metadata are damaged.
+    """
+    try:
+        if not store.exists(MANIFEST):
+            raise CacheError(_why_not_sealed(store))
+        manifest = read_manifest(store)
+        for key, record in manifest.files.items():
+            _check_metadata(store, key, record)
+    except OSError as error:
+        raise CacheError(f"cannot read the cache {store.uri}: {error.strerror}. Check address and rights.") from error
+    return manifest
+
+
+def _check_metadata(store: Store, key: str, record: FileRecord) -> None:
+    try:
+        found = store.record(key)
+    except OSError as error:
+        raise CacheError(f"{store.place(key)} cannot be read: {error.strerror}. {_RESTORE}.") from error
+    if found != record:
+        raise CacheError(f"{store.place(key)} is damaged: its checksum is not the manifest's. {_RESTORE}.")
+
+
+def _why_not_sealed(store: Store) -> str:
+    if not store.exists(ROOT):
+        return f"there is no cache at {store.uri}. Check the address, or write one with cache-teacher."
+    header = read_header(store)
+    done = len(committed(store))
     return (
-        f"cache {folder} is not sealed: {done} of {header.blocks} blocks are committed. Run cache-teacher with "
+        f"cache {store.uri} is not sealed: {done} of {header.blocks} blocks are committed. Run cache-teacher with "
         "the same recipe again to finish it."
     )

@@ -10,7 +10,7 @@ import contextlib
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import google_crc32c
 import numpy as np
@@ -18,7 +18,8 @@ import numpy.typing as npt
 from numcodecs.zstd import Zstd
 
 from bevkd.cache.encoding import Array, ArraySpec
-from bevkd.cache.manifest import ROOT, FileRecord, Header, to_json
+from bevkd.cache.manifest import ROOT, Header, to_json
+from bevkd.cache.store import Checksum, FileRecord
 from bevkd.errors import CacheError
 
 LEVEL = 1
@@ -26,9 +27,24 @@ UNUSED = 2**64 - 1
 _CODEC = Zstd(level=LEVEL, checksum=True)
 _CRC_BYTES = 4
 _MAGIC = b"\x28\xb5\x2f\xfd"
-_READ_BYTES = 2**22
 
 Index = npt.NDArray[np.uint64]
+
+
+class ShardSource(Protocol):
+    """Where shards are read: a store, or local copies of one. See :class:`bevkd.cache.store.Store`."""
+
+    def place(self, key: str) -> str:
+        """Return the full name of a shard, for messages."""
+        ...
+
+    def read_range(self, key: str, offset: int, size: int) -> bytes:
+        """Return ``size`` bytes from ``offset`` on."""
+        ...
+
+    def read_tail(self, key: str, size: int) -> tuple[bytes, int]:
+        """Return the last ``size`` bytes, and the size of the file."""
+        ...
 
 
 def array_metadata(array: ArraySpec, samples: int, block: int) -> dict[str, Any]:
@@ -85,22 +101,26 @@ def shard_name(array: ArraySpec, block: int) -> str:
     return f"{array.name}/c.{block}" + ".0" * len(array.shape)
 
 
+def compress(sample: Array) -> bytes:
+    """Return one sample as it stands in a shard."""
+    data: bytes = _CODEC.encode(np.ascontiguousarray(sample))
+    return data
+
+
 class ShardWriter:
-    """Writes one shard, sample by sample, into ``path``; a context manager that closes the file."""
+    """Writes one shard, sample by sample, into the local file ``path``; a context manager that closes the file."""
 
     def __init__(self, path: Path, slots: int) -> None:
-        self.path = path
         self._slots = slots
         self._entries: list[tuple[int, int]] = []
-        self._crc = 0
+        self._checksum = Checksum()
         self._size = 0
         self._file = path.open("xb")
 
-    def append(self, sample: Array) -> None:
-        """Compress one sample and write it; raises OSError if the disk is full."""
-        data = _CODEC.encode(np.ascontiguousarray(sample))
-        self._entries.append((self._size, len(data)))
-        self._write(data)
+    def append(self, compressed: bytes) -> None:
+        """Write one sample; raises OSError if the disk is full."""
+        self._entries.append((self._size, len(compressed)))
+        self._write(compressed)
 
     def finish(self) -> FileRecord:
         """Write the index, make the file durable, and return its size and checksum."""
@@ -110,11 +130,11 @@ class ShardWriter:
         self._write(data + google_crc32c.value(data).to_bytes(_CRC_BYTES, "little"))
         self._file.flush()
         os.fsync(self._file.fileno())
-        return FileRecord(bytes=self._size, crc32c=f"{self._crc:08x}")
+        return self._checksum.record
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
-        self._crc = google_crc32c.extend(self._crc, data)
+        self._checksum.update(data)
         self._size += len(data)
 
     def __enter__(self) -> Self:
@@ -127,33 +147,39 @@ class ShardWriter:
             self._file.close()
 
 
-def read_index(path: Path, slots: int, used: int, size: int) -> Index:
+def read_index(store: ShardSource, key: str, slots: int, used: int, size: int, sample_bytes: int) -> Index:
     """Return the checked index of a shard: offset and size of each slot.
 
     Args:
         slots: samples per block.
         used: samples in this block.
         size: size of the file in bytes, from the commit record.
+        sample_bytes: size of one decoded sample; no compressed one can be much larger.
 
     Raises:
         CacheError: the shard is missing, truncated or damaged; the message names neither sample nor remedy.
     """
-    tail = slots * 16 + _CRC_BYTES
+    tail, place = slots * 16 + _CRC_BYTES, store.place(key)
     try:
-        with path.open("rb", buffering=0) as file:
-            found = os.fstat(file.fileno()).st_size
-            data = os.pread(file.fileno(), tail, max(found - tail, 0))
+        data, found = store.read_tail(key, tail)
     except OSError as error:
-        raise CacheError(f"shard {path} cannot be read: {error.strerror}") from error
+        raise CacheError(f"shard {place} cannot be read: {error.strerror}") from error
     if found != size or len(data) != tail:
-        raise CacheError(f"shard {path} has {found} bytes, its record says {size}")
+        raise CacheError(f"shard {place} has {found} bytes, its record says {size}")
     if google_crc32c.value(data[:-_CRC_BYTES]) != int.from_bytes(data[-_CRC_BYTES:], "little"):
-        raise CacheError(f"shard {path} is damaged: the checksum of its index is wrong")
+        raise CacheError(f"shard {place} is damaged: the checksum of its index is wrong")
     index = np.frombuffer(data[:-_CRC_BYTES], "<u8").reshape(slots, 2)
     offsets, sizes, body = index[:used, 0], index[:used, 1], size - tail
     if (index[used:] != UNUSED).any() or (offsets > body).any() or (sizes > body - np.minimum(offsets, body)).any():
-        raise CacheError(f"shard {path} is damaged: its index points outside of the file")
+        raise CacheError(f"shard {place} is damaged: its index points outside of the file")
+    if (sizes > _compressed_bound(sample_bytes)).any():
+        raise CacheError(f"shard {place} is damaged: its index has samples larger than {sample_bytes} bytes can be")
     return index
+
+
+def _compressed_bound(size: int) -> int:
+    """Return a bound of what zstd makes of ``size`` bytes (the library's ZSTD_compressBound is below it)."""
+    return size + size // 128 + 1024
 
 
 def decompress(data: bytes, out: Array) -> None:
@@ -181,18 +207,3 @@ def _content_bytes(frame: bytes) -> int | None:
     if width == 0 or len(frame) < start + width:
         return None
     return int.from_bytes(frame[start : start + width], "little") + (256 if width == 2 else 0)
-
-
-def file_record(path: Path) -> FileRecord:
-    """Return size and CRC-32C of a file; raises OSError."""
-    crc = size = 0
-    with path.open("rb") as file:
-        while data := file.read(_READ_BYTES):
-            crc = google_crc32c.extend(crc, data)
-            size += len(data)
-    return FileRecord(bytes=size, crc32c=f"{crc:08x}")
-
-
-def bytes_record(data: bytes) -> FileRecord:
-    """Return size and CRC-32C of a file's content."""
-    return FileRecord(bytes=len(data), crc32c=f"{google_crc32c.value(data):08x}")

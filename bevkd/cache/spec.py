@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from bevkd.config import StrictModel, load
 from bevkd.errors import ConfigError
-from bevkd.types import SIGNALS
+from bevkd.signals import SIGNALS
 
 
 def _known(name: str) -> str:
@@ -20,25 +20,49 @@ def _known(name: str) -> str:
 
 
 SignalName = Annotated[str, AfterValidator(_known)]
-Encoding = Literal["float16", "uint8", "int8", "logit8", "boxes"]
+Encoding = Literal["float16", "uint8", "int8", "logits", "logit8", "sparse", "boxes", "masks"]
+
+_ENCODINGS: dict[str, tuple[str, ...]] = {
+    "bev_low": ("float16", "uint8", "int8"),
+    "bev_high": ("float16", "uint8", "int8"),
+    "heatmap": ("float16", "logits", "logit8", "int8", "uint8"),
+    "box_code": ("float16", "sparse", "int8", "uint8"),
+    "boxes": ("boxes",),
+    "points_low": ("float16", "uint8", "int8"),
+    "points_high": ("float16", "uint8", "int8"),
+    "instances": ("masks",),
+}
+"""What can hold each signal."""
 
 
 class SignalSpec(StrictModel):
     """How one signal is stored.
 
     Attributes:
-        encoding: ``float16`` keeps the values as they are; ``uint8`` quantises non-negative maps and ``int8`` signed
-            maps, with one scale per sample and channel; ``logit8`` quantises class logits; ``boxes`` stores boxes.
-        max_error: largest error a stored sample may have: the relative L2 norm of the difference, or for ``logit8``
-            the largest difference of a probability. A sample beyond it is refused, never stored silently.
-        capacity: most boxes per sample; beyond it the highest scores are kept (``boxes`` only).
-        min_score: boxes with a lower score are not stored (``boxes`` only).
+        encoding: ``float16`` keeps values as they are; ``uint8`` quantises non-negative and ``int8`` signed values,
+            with one scale per sample and channel of a map, or per box of points; ``logits`` quantises class logits;
+            ``sparse`` keeps box codes where objects are; ``boxes`` stores boxes; ``masks`` stores instances with bits.
+            ``logit8`` is the heatmap encoding of bevkd 0.1, which blurs what UniDistill reads: use ``logits``.
+        max_error: largest error a stored sample may have: the relative L2 norm of the difference; for logits the
+            largest difference of a probability, also that of half the logit; for ``masks`` 1 - IoU of the worst
+            instance at original resolution. A sample beyond it is refused, never stored silently.
+        precision: relative L2 error per channel that is good enough; the steps of ``uint8``, ``int8`` and ``sparse``
+            are made as wide, which compresses better. 0 uses all levels.
+        threshold: ``sparse`` keeps the cells at which a class has at least this probability, and those around
+            annotated boxes and around the teacher's boxes above this score.
+        capacity: most boxes or instances per sample. Beyond it the highest scores are kept; of points, which have no
+            scores, the sample is refused.
+        min_score: boxes and instances with a lower score are not stored.
+        resolution: rows and columns of a stored mask, spread over its box; a multiple of 8.
     """
 
     encoding: Encoding
     max_error: float = Field(default=0.02, gt=0, le=1)
+    precision: float = Field(default=0.0, ge=0, lt=1)
+    threshold: float = Field(default=0.1, gt=0, lt=1)
     capacity: int = Field(default=500, ge=1, le=10_000)
     min_score: float = Field(default=0.05, ge=0, le=1)
+    resolution: int = Field(default=64, ge=8, le=512, multiple_of=8)
 
 
 class CacheSpec(StrictModel):
@@ -46,7 +70,7 @@ class CacheSpec(StrictModel):
 
     Attributes:
         block: samples per shard, which is also the unit of work and of commit.
-        signals: the signals to store; names as in ``bevkd.types.SIGNALS``.
+        signals: the signals to store; names as in ``bevkd.signals.SIGNALS``.
     """
 
     name: str
@@ -55,12 +79,19 @@ class CacheSpec(StrictModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        faults = []
         for signal, stored in self.signals.items():
-            if (signal == "boxes") != (stored.encoding == "boxes"):
-                wanted = "boxes" if signal == "boxes" else "float16, uint8 or int8"
-                raise ValueError(f"signals.{signal}.encoding is '{stored.encoding}', set it to {wanted}")
-            if stored.encoding == "logit8" and signal != "heatmap":
-                raise ValueError(f"signals.{signal}.encoding is 'logit8', which only holds the logits of heatmap")
+            if stored.encoding not in _ENCODINGS[signal]:
+                *others, last = _ENCODINGS[signal]
+                wanted = f"{', '.join(others)} or {last}" if others else last
+                faults.append(f"signals.{signal}.encoding is '{stored.encoding}', set it to {wanted}")
+            if stored.precision >= stored.max_error:
+                faults.append(
+                    f"signals.{signal}.precision is {stored.precision:g}, not under max_error {stored.max_error:g}: "
+                    "lower it or raise max_error"
+                )
+        if faults:
+            raise ValueError("; ".join(faults))
         return self
 
 

@@ -117,6 +117,14 @@ class Store(Protocol):
         """Remove empty folders, '' being the cache's own; a store without folders does nothing."""
         ...
 
+    def empty(self) -> bool:
+        """Return whether there is nothing, neither file nor folder, but temporary files."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Return how many more bytes fit, None where that is unknown."""
+        ...
+
     # ------------------------------------------------------------------------------------------ writing blocks
 
     def prepare(self, folders: tuple[str, ...]) -> None:

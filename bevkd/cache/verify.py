@@ -8,7 +8,7 @@ import numpy as np
 
 from bevkd.cache import shard
 from bevkd.cache.encoding import ArraySpec
-from bevkd.cache.manifest import COMMITS, BlockRecord, parse_json, read_json
+from bevkd.cache.manifest import BlockRecord, parse_json, read_json, record_key
 from bevkd.cache.reader import CacheReader
 from bevkd.errors import CacheError
 
@@ -35,25 +35,27 @@ def verify(path: str | Path, deep: bool = False) -> list[str]:
 
 
 def _check_record(reader: CacheReader, record: BlockRecord) -> list[str]:
-    path = reader.folder / COMMITS / f"{record.block}.json"
+    key = record_key(record.block)
+    place = reader.store.place(key)
     try:
-        found = parse_json(BlockRecord, read_json(path), path)
+        found = parse_json(BlockRecord, read_json(reader.store, key), place)
     except CacheError as error:
         return [str(error)]
-    return [] if found == record else [f"{path} is not the record in the manifest"]
+    return [] if found == record else [f"{place} is not the record in the manifest"]
 
 
 def _check_shard(reader: CacheReader, array: ArraySpec, block: int) -> list[str]:
-    path = reader.folder / shard.shard_name(array, block)
+    key = shard.shard_name(array, block)
+    place = reader.store.place(key)
     try:
         reader.check_index(array, block)
-        found = shard.file_record(path)
+        found = reader.store.record(key)
     except CacheError as error:
         return [str(error)]
     except OSError as error:
-        return [f"shard {path} cannot be read: {error.strerror}"]
+        return [f"shard {place} cannot be read: {error.strerror}"]
     wanted = reader.manifest.records[block].arrays[array.name]
-    return [] if found == wanted else [f"shard {path} has CRC-32C {found.crc32c}, its record says {wanted.crc32c}"]
+    return [] if found == wanted else [f"shard {place} has CRC-32C {found.crc32c}, its record says {wanted.crc32c}"]
 
 
 def _check_samples(reader: CacheReader, record: BlockRecord) -> list[str]:
@@ -68,7 +70,7 @@ def _check_samples(reader: CacheReader, record: BlockRecord) -> list[str]:
             if spec.encoding == "boxes":
                 count = int(stored[f"{signal}_count"])
                 if not 0 <= count <= spec.capacity:
-                    faults.append(f"sample '{token}' of cache {reader.folder} states {count} boxes")
+                    faults.append(f"sample '{token}' of cache {reader.uri} states {count} boxes")
             elif not all(np.isfinite(array).all() for array in stored.values()):
-                faults.append(f"{signal} of sample '{token}' of cache {reader.folder} holds non-finite values")
+                faults.append(f"{signal} of sample '{token}' of cache {reader.uri} holds non-finite values")
     return faults

@@ -1,33 +1,40 @@
 """Writing a cache: block by block, by any number of processes, to be killed and started again at any time.
 
 The protocol. The root ``zarr.json`` with the header is created exclusively, so that all processes agree on it. A block
-is written sample by sample to temporary shards beside their final names; these are made durable and then given their
-final names by hard links in a fixed order. A link never replaces a file: of two attempts at a block that differ, the
-one that links the first differing shard goes on and the other waits for its record. The commit record comes last.
-The temporary names stay until the record exists, so that links left by a killed attempt are recognised.
+is written sample by sample to staged shards on a local disk; these are made durable and then published in a fixed
+order, which never replaces a file: of two attempts at a block that differ, the one that publishes the first differing
+shard goes on and the other waits for its record. The commit record comes last, also created exclusively. A disk keeps
+the staged names until the record exists, so that what a killed attempt has published is recognised. An object store
+cannot tell a dead attempt from a slow one: there an attempt that has waited in vain replaces the other's shards, and
+the record if it comes after all.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import math
-import shutil
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
-from bevkd.cache import files, manifest, shard
+from bevkd.cache import manifest, shard
 from bevkd.cache.encoding import Encoded, Value, all_arrays, encode
-from bevkd.cache.manifest import COMMITS, MANIFEST, ROOT, BlockRecord, FileRecord, Header, Manifest, SignalStats
+from bevkd.cache.manifest import COMMITS, MANIFEST, ROOT, BlockRecord, Header, Manifest, SignalStats, record_key
 from bevkd.cache.spec import CacheSpec
+from bevkd.cache.store import FileRecord, Store, open_store
 from bevkd.config import parse
 from bevkd.errors import CacheError, CacheSpecError, ConfigError
 from bevkd.types import Boxes
 
 PATIENCE_S = 10.0
 """How long an attempt waits for the record of another attempt that has published its shards."""
+REMOTE_PATIENCE_S = 60.0
+"""The same where publishing is an upload."""
 
 _POLL_S = 0.05
 _TYPICAL_RATIO = {"float16": 0.9, "uint8": 0.4, "int8": 0.9, "logit8": 0.6, "float32": 0.5, "int32": 5.0}
@@ -45,81 +52,93 @@ def estimate_bytes(spec: CacheSpec, sample_shapes: Mapping[str, tuple[int, ...]]
     return math.ceil(per_sample * n)
 
 
+class Compressed(NamedTuple):
+    """One sample as it goes to the shards: compressed bytes per array, and what encoding cost."""
+
+    arrays: dict[str, bytes]
+    stats: dict[str, Encoded]
+
+
 class CacheWriter:
     """Writes the blocks of one cache; :meth:`open` creates or resumes it."""
 
-    def __init__(self, folder: Path, header: Header) -> None:
-        self.folder = folder
+    def __init__(self, store: Store, header: Header) -> None:
+        self.store = store
         self.header = header
         self._arrays = header.arrays
 
     @classmethod
-    def open(cls, path: str | Path, header: Header, sample_shapes: Mapping[str, tuple[int, ...]]) -> Self:
+    def open(cls, uri: str | Path, header: Header, sample_shapes: Mapping[str, tuple[int, ...]]) -> Self:
         """Return a writer for a new cache, or for one that was begun with the same header.
 
         Args:
-            path: folder of the cache, or its ``file://`` address.
+            uri: where the cache goes: a path, a ``file://`` address or ``s3://bucket/prefix``.
             sample_shapes: shape of one sample per map signal the teacher writes; those not in the spec are ignored.
 
         Raises:
             CacheSpecError: the spec stores a map that the teacher does not write.
-            CacheError: the folder holds something else, or a cache with another header (all differences are named).
+            CacheError: there is something else, or a cache with another header (all differences are named).
         """
-        folder = files.local_path(path)
+        store = open_store(uri)
         header = _with_shapes(header, sample_shapes)
-        with _reporting(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            root = folder / ROOT
-            if not root.exists() and any(files.final_of(entry) is None for entry in folder.iterdir()):
-                raise CacheError(f"{folder} is not empty and holds no cache. Give a new or an empty folder.")
-            if not files.create(root, manifest.to_json(shard.group_metadata(header))):
-                existing = manifest.read_header(folder)
-                manifest.check_same(folder, existing, header)
+        with _reporting(store):
+            if not store.exists(ROOT) and not store.empty():
+                raise CacheError(f"{store.uri} is not empty and holds no cache. Give a new or an empty folder.")
+            store.prepare(())
+            if not store.create(ROOT, manifest.to_json(shard.group_metadata(header))):
+                existing = manifest.read_header(store)
+                manifest.check_same(store.uri, existing, header)
                 header = existing
-            for name in (COMMITS, *(array.name for array in header.arrays)):
-                (folder / name).mkdir(exist_ok=True)
-            files.sync_folder(folder)
-            for path_in_cache, data in shard.metadata_files(header).items():
-                metadata = folder / path_in_cache
-                if not metadata.exists() or (metadata != root and metadata.read_bytes() != data):
-                    files.replace(metadata, data)
-            writer = cls(folder, header)
-            writer._clean(everything=False)
+            store.prepare((COMMITS, *(array.name for array in header.arrays)))
+            for key, data in shard.metadata_files(header).items():
+                if not store.exists(key) or (key != ROOT and store.read(key, manifest.MAX_JSON_BYTES) != data):
+                    store.replace(key, data)
+            writer = cls(store, header)
+            store.sweep(writer._folders, everything=False)
         return writer
 
     def pending(self) -> list[int]:
         """Return the blocks that are not committed."""
-        done = manifest.committed(self.folder)
+        with _reporting(self.store):
+            done = manifest.committed(self.store)
         return [block for block in range(self.header.blocks) if block not in done]
 
-    def write_block(self, block: int, samples: Iterable[Mapping[str, Value]]) -> BlockRecord:
+    def write_block(
+        self, block: int, samples: Iterable[Mapping[str, Value]], pool: Executor | None = None, ahead: int = 4
+    ) -> BlockRecord:
         """Write and commit one block; a committed block is left as it is and its record returned.
 
         Args:
             samples: per token of the block, in order, the signals of the spec (others are ignored): maps
                 [C,Y,X] or [T,10,Y,X], and boxes. They are consumed one by one.
+            pool: threads that encode and compress; None does so in this one.
+            ahead: samples that are in the pool at once.
 
         Raises:
             CacheError: a sample does not fit the header or its encoding, or the disk is full.
         """
-        if self._record_path(block).exists():
-            return self._record(block)
-        temps = {array.name: files.temporary(self.folder / shard.shard_name(array, block)) for array in self._arrays}
+        with _reporting(self.store, self):
+            if self._is_committed(block):
+                return self._record(block)
+        staged: dict[str, Path] = {}
         try:
-            stats, records = self._write_shards(block, samples, temps)
+            with _reporting(self.store, self):
+                for array in self._arrays:
+                    key = shard.shard_name(array, block)
+                    staged[key] = self.store.stage(key)
+            stats, files = self._write_shards(block, samples, staged, pool, ahead)
             record = BlockRecord(
                 block=block,
                 tokens=self.header.block_tokens(block),
-                arrays=records,
+                arrays={array.name: files[shard.shard_name(array, block)] for array in self._arrays},
                 stats=stats,
                 teacher=self.header.teacher.fingerprint,
                 versions=manifest.package_versions(),
             )
-            with _reporting(self.folder, self):
-                self._commit(record, temps)
+            with _reporting(self.store, self):
+                self._commit(record, staged, files)
         finally:
-            for temp in temps.values():
-                self._discard(temp)
+            self._discard(staged, block)
         return self._record(block)
 
     def seal(self) -> Manifest:
@@ -128,64 +147,97 @@ class CacheWriter:
         Raises:
             CacheError: blocks are missing, or shards do not fit their records.
         """
-        if (self.folder / MANIFEST).exists():
-            return manifest.read_manifest(self.folder)
-        if pending := self.pending():
-            raise CacheError(
-                f"{self.folder} cannot be sealed: {self.header.blocks - len(pending)} of {self.header.blocks} blocks "
-                f"are committed, the next is block {pending[0]}. Write the missing blocks first."
-            )
-        records = tuple(self._record(block) for block in range(self.header.blocks))
-        for record in records:
-            self._check_shards(record)
-        with _reporting(self.folder, self):
-            self._clean(everything=True)
+        with _reporting(self.store, self):
+            if self.store.exists(MANIFEST):
+                return manifest.read_manifest(self.store)
+            if pending := self.pending():
+                raise CacheError(
+                    f"{self.store.uri} cannot be sealed: {self.header.blocks - len(pending)} of {self.header.blocks} "
+                    f"blocks are committed, the next is block {pending[0]}. Write the missing blocks first."
+                )
+            records = tuple(self._record(block) for block in range(self.header.blocks))
+            self._check_shards(records)
+            self.store.sweep(self._folders, everything=True)
             data = self.header.model_dump(mode="json")
             data["records"] = [record.model_dump(mode="json") for record in records]
             data["files"] = {
-                path: shard.file_record(self.folder / path).model_dump(mode="json")
-                for path in shard.metadata_files(self.header)
+                key: self.store.record(key).model_dump(mode="json") for key in shard.metadata_files(self.header)
             }
             data["name"] = manifest.name_of(data)
-            files.replace(self.folder / MANIFEST, manifest.to_json(data))
-        return manifest.read_manifest(self.folder)
+            self.store.replace(MANIFEST, manifest.to_json(data))
+            return manifest.read_manifest(self.store)
 
     def missing_bytes(self) -> int:
         """Return about how many bytes the pending blocks will take, from the committed ones if there are any."""
         pending = self.pending()
-        done = [self._record(block) for block in manifest.committed(self.folder)]
+        done = [self._record(block) for block in manifest.committed(self.store)]
         samples = sum(len(self.header.block_tokens(block)) for block in pending)
         if not done:
             return estimate_bytes(self.header.spec, dict(self.header.sample_shapes), samples)
         written = sum(entry.bytes for record in done for entry in record.arrays.values())
         return math.ceil(written / sum(len(record.tokens) for record in done) * samples)
 
+    @property
+    def _folders(self) -> tuple[str, ...]:
+        return ("", COMMITS, *(array.name for array in self._arrays))
+
     def _write_shards(
-        self, block: int, samples: Iterable[Mapping[str, Value]], temps: Mapping[str, Path]
+        self,
+        block: int,
+        samples: Iterable[Mapping[str, Value]],
+        staged: Mapping[str, Path],
+        pool: Executor | None,
+        ahead: int,
     ) -> tuple[dict[str, SignalStats], dict[str, FileRecord]]:
         stats: dict[str, SignalStats] = {}
-        tokens = self.header.block_tokens(block)
         with contextlib.ExitStack() as stack:
-            with _reporting(self.folder, self):
+            with _reporting(self.store, self):
                 shards = {
-                    name: stack.enter_context(shard.ShardWriter(temp, self.header.spec.block))
-                    for name, temp in temps.items()
+                    key.partition("/")[0]: stack.enter_context(shard.ShardWriter(temp, self.header.spec.block))
+                    for key, temp in staged.items()
                 }
-            written = 0
-            for sample in samples:
-                if written == len(tokens):
-                    raise CacheError(f"block {block} got more than its {len(tokens)} samples; give one per token.")
-                for signal in sorted(self.header.spec.signals):
-                    encoded = self._encode(signal, sample, tokens[written])
-                    with _reporting(self.folder, self):
-                        for name, stored in encoded.arrays.items():
-                            shards[name].append(stored)
+            for compressed in self._compressed(block, samples, pool, ahead):
+                with _reporting(self.store, self):
+                    for name, data in compressed.arrays.items():
+                        shards[name].append(data)
+                for signal, encoded in compressed.stats.items():
                     stats[signal] = _worst(stats.get(signal), encoded)
-                written += 1
-            if written < len(tokens):
-                raise CacheError(f"block {block} got {written} samples for {len(tokens)} tokens; give one per token.")
-            with _reporting(self.folder, self):
-                return stats, {name: writer.finish() for name, writer in shards.items()}
+            with _reporting(self.store, self):
+                return stats, {key: shards[key.partition("/")[0]].finish() for key in staged}
+
+    def _compressed(
+        self, block: int, samples: Iterable[Mapping[str, Value]], pool: Executor | None, ahead: int
+    ) -> Iterator[Compressed]:
+        """Yield the samples of a block in order, compressed, ``ahead`` of them at once in the pool."""
+        tokens, taken = self.header.block_tokens(block), 0
+        running: deque[Future[Compressed]] = deque()
+        try:
+            for sample in samples:
+                if taken == len(tokens):
+                    raise CacheError(f"block {block} got more than its {len(tokens)} samples; give one per token.")
+                taken += 1
+                if pool is None:
+                    yield self._compress(sample, tokens[taken - 1])
+                    continue
+                running.append(pool.submit(self._compress, sample, tokens[taken - 1]))
+                if len(running) >= ahead:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for future in running:
+                future.cancel()
+        if taken < len(tokens):
+            raise CacheError(f"block {block} got {taken} samples for {len(tokens)} tokens; give one per token.")
+
+    def _compress(self, sample: Mapping[str, Value], token: str) -> Compressed:
+        arrays: dict[str, bytes] = {}
+        stats = {}
+        for signal in sorted(self.header.spec.signals):
+            encoded = self._encode(signal, sample, token)
+            arrays |= {name: shard.compress(stored) for name, stored in encoded.arrays.items()}
+            stats[signal] = dataclasses.replace(encoded, arrays={})
+        return Compressed(arrays, stats)
 
     def _encode(self, signal: str, sample: Mapping[str, Value], token: str) -> Encoded:
         value = sample.get(signal)
@@ -209,74 +261,54 @@ class CacheWriter:
                 )
         return encode(signal, self.header.spec.signals[signal], value, token)
 
-    def _publish(self, block: int, temps: Mapping[str, Path], records: Mapping[str, FileRecord]) -> bool:
-        """Give all shards their final names; False if another attempt has published a different shard."""
-        for array in self._arrays:
-            final = self.folder / shard.shard_name(array, block)
-            try:
-                mine = files.link(temps[array.name], final) or final.samefile(temps[array.name])
-                if not mine and shard.file_record(final) != records[array.name]:
-                    return False
-            except FileNotFoundError:  # another process has withdrawn its shard, or sealed the cache and cleaned up
-                return False
-            files.sync_folder(final.parent)
-        return True
-
-    def _commit(self, record: BlockRecord, temps: Mapping[str, Path]) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        path = self._record_path(record.block)
-        while not path.exists():
-            if self._publish(record.block, temps, record.arrays):
-                files.create(path, manifest.to_json(record))
-            elif time.monotonic() > deadline:
-                names = ", ".join(shard.shard_name(array, record.block) for array in self._arrays)
-                raise CacheError(
-                    f"block {record.block} of {self.folder} holds shards of another attempt with different content and "
-                    "no commit record: the teacher is not deterministic, and that attempt hangs or was killed on "
-                    f"another machine. Stop it, delete {names}, and run again."
-                )
+    def _commit(self, record: BlockRecord, staged: Mapping[str, Path], files: Mapping[str, FileRecord]) -> None:
+        deadline = time.monotonic() + (REMOTE_PATIENCE_S if self.store.remote else PATIENCE_S)
+        seized = False
+        while not self._is_committed(record.block):
+            seized = time.monotonic() > deadline
+            if self.store.publish(staged, files, seize=seized):
+                self.store.create(record_key(record.block), manifest.to_json(record))
             else:
                 time.sleep(_POLL_S)
+        if seized and self._record(record.block) != record:
+            # The other attempt was slow, not dead: its record describes shards that this attempt has replaced.
+            self.store.replace(record_key(record.block), manifest.to_json(record))
 
-    def _record_path(self, block: int) -> Path:
-        return self.folder / COMMITS / f"{block}.json"
+    def _discard(self, staged: Mapping[str, Path], block: int) -> None:
+        try:
+            committed = self._is_committed(block)
+        except OSError:  # storage is out of reach: what was published may be needed, what was staged is not
+            committed = True
+        self.store.discard(staged, committed)
+
+    def _is_committed(self, block: int) -> bool:
+        return self.store.exists(record_key(block))
 
     def _record(self, block: int) -> BlockRecord:
-        path = self._record_path(block)
-        record = manifest.parse_json(BlockRecord, manifest.read_json(path), path)
+        key = record_key(block)
+        place = self.store.place(key)
+        record = manifest.parse_json(BlockRecord, manifest.read_json(self.store, key), place)
         if found := record.faults(self.header, block):
-            raise CacheError(f"{path}: {'; '.join(found)}. Delete this record to have the block written again.")
+            raise CacheError(f"{place}: {'; '.join(found)}. Delete this record to have the block written again.")
         return record
 
-    def _check_shards(self, record: BlockRecord) -> None:
+    def _check_shards(self, records: tuple[BlockRecord, ...]) -> None:
+        """Check size and index of every shard; a remote store's sizes alone, which one listing tells."""
         for array in self._arrays:
-            path = self.folder / shard.shard_name(array, record.block)
-            try:
-                shard.read_index(path, self.header.spec.block, len(record.tokens), record.arrays[array.name].bytes)
-            except CacheError as error:
-                raise CacheError(
-                    f"{error}. Delete {self._record_path(record.block)} and that shard, and run again: the block is "
-                    "written anew."
-                ) from error
-
-    def _clean(self, everything: bool) -> None:
-        """Remove abandoned temporary files, and the shards an abandoned attempt has linked without a record."""
-        for folder in (self.folder, self.folder / COMMITS):
-            for temp in files.claim_abandoned(folder, everything):
-                temp.unlink(missing_ok=True)
-        for array in self._arrays:
-            for temp in files.claim_abandoned(self.folder / array.name, everything):
-                self._discard(temp)
-
-    def _discard(self, temp: Path) -> None:
-        """Remove a temporary shard; if it was published but its block not committed, the published one as well."""
-        final = files.final_of(temp)
-        with contextlib.suppress(FileNotFoundError):
-            if final is not None and final.samefile(temp):
-                block = int(final.name.split(".")[1])
-                if not self._record_path(block).exists():
-                    final.unlink()
-        temp.unlink(missing_ok=True)
+            sizes = self.store.sizes(array.name) if self.store.remote else {}
+            for record in records:
+                key, size = shard.shard_name(array, record.block), record.arrays[array.name].bytes
+                try:
+                    if self.store.remote and sizes.get(key.rpartition("/")[2]) != size:
+                        raise CacheError(f"shard {self.store.place(key)} is missing or has not {size} bytes")
+                    if not self.store.remote:
+                        used = len(record.tokens)
+                        shard.read_index(self.store, key, self.header.spec.block, used, size, array.nbytes)
+                except CacheError as error:
+                    raise CacheError(
+                        f"{error}. Delete {self.store.place(record_key(record.block))} and that shard, and run again: "
+                        "the block is written anew."
+                    ) from error
 
 
 def _with_shapes(header: Header, sample_shapes: Mapping[str, tuple[int, ...]]) -> Header:
@@ -302,16 +334,20 @@ def _worst(before: SignalStats | None, encoded: Encoded) -> SignalStats:
 
 
 @contextlib.contextmanager
-def _reporting(folder: Path, writer: CacheWriter | None = None) -> Iterator[None]:
-    """Turn failures of the file system into errors that say what to do."""
+def _reporting(store: Store, writer: CacheWriter | None = None) -> Iterator[None]:
+    """Turn failures of the storage into errors that say what to do."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise CacheError(f"cannot write the cache {folder}: {error}. Check the folder and its rights.") from error
+            what = error.strerror or str(error)
+            raise CacheError(
+                f"cannot write the cache {store.uri}: {what}. Check the address and its rights."
+            ) from error
         needed = f"about {writer.missing_bytes():,}" if writer else "a few thousand"
-        free = shutil.disk_usage(folder).free if folder.exists() else 0
+        free = store.free_bytes()
+        where = f"the disk of {store.uri} is full" if free is not None else "the disk for temporary files is full"
         raise CacheError(
-            f"the disk of {folder} is full: {needed} more bytes are needed, {free:,} are free. Committed blocks are "
-            "safe: make room and run the same command again, which resumes."
+            f"{where}: {needed} more bytes are needed{'' if free is None else f', {free:,} are free'}. "
+            "Committed blocks are safe: make room and run the same command again, which resumes."
         ) from error

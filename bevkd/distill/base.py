@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -16,9 +16,12 @@ from bevkd.cache.spec import CacheSpec
 from bevkd.config import PluginConfig
 from bevkd.data.collate import Batch, StoredSignals
 from bevkd.geometry.affine import BEVAffine, warp_box_codes, warp_maps
+from bevkd.geometry.sampling import sample_at
 from bevkd.grid import BEVGrid
 from bevkd.models.detector import Detector, DetectorOutput
 from bevkd.types import Boxes, Signals
+
+__all__ = ["DistillContext", "DistillLoss", "DistillLossConfig", "TeacherBatch", "sample_at"]
 
 
 @dataclass(frozen=True)
@@ -117,21 +120,3 @@ class DistillLoss(Protocol):
     def __call__(self, student: DetectorOutput, teacher: TeacherBatch, batch: Batch) -> dict[str, Tensor]:
         """Return the weighted terms by name; their sum joins the detection loss."""
         ...
-
-
-def sample_at(
-    maps: Float[Tensor, "B C Y X"], points: Sequence[Float[Tensor, "n p 2"]], grid: BEVGrid, swap_xy: bool = False
-) -> Float[Tensor, "m p C"]:
-    """Return map values bilinearly sampled at points in metres, all frames' points one after the other.
-
-    Zeros outside the map, ``align_corners=False``. ``swap_xy`` reads x as row and y as column, the defect of
-    UniDistill's released code, kept for numerical comparison with it.
-    """
-    sampled = []
-    for feature, xy_m in zip(maps, points, strict=True):
-        position = grid.to_sampling(xy_m)
-        if swap_xy:
-            position = position.flip(-1)
-        values = nn.functional.grid_sample(feature[None].float(), position[None], align_corners=False)
-        sampled.append(values[0].permute(1, 2, 0))
-    return torch.cat(sampled)

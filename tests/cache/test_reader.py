@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from bevkd.cache.local import LocalStore
 from bevkd.cache.manifest import Manifest, name_of, to_json
 from bevkd.cache.reader import CacheReader
 from bevkd.cache.verify import verify
@@ -140,12 +141,12 @@ def test_a_flipped_bit_in_metadata_raises(cache: Path, name: str) -> None:
 def test_a_flipped_bit_of_a_shard_raises_or_changes_nothing(cache: Path) -> None:
     manifest, path = CacheReader.open(cache).manifest, cache / "bev_low_scale" / "c.1.0"
     tokens = manifest.records[1].tokens
-    whole = [CacheReader(cache, manifest).read(token, ["bev_low"])["bev_low_scale"] for token in tokens]
+    whole = [CacheReader(LocalStore(cache), manifest).read(token, ["bev_low"])["bev_low_scale"] for token in tokens]
     silent = 0
     for bit in np.random.default_rng(0).permutation(len(path.read_bytes()) * 8)[:400].tolist():
         flip(path, bit)
         try:
-            reader = CacheReader(cache, manifest)
+            reader = CacheReader(LocalStore(cache), manifest)
             found = [reader.read(token, ["bev_low"])["bev_low_scale"] for token in tokens]
             assert np.array_equal(found, whole)
             silent += 1

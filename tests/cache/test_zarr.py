@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import zarr
 
+from bevkd.cache.local import LocalStore
 from bevkd.cache.reader import CacheReader
 from bevkd.cache.shard import read_index
 from bevkd.cache.writer import CacheWriter
@@ -81,8 +82,8 @@ def test_the_metadata_is_what_zarr_itself_would_write(cache: Path, tmp_path: Pat
 
 
 def test_the_unused_slots_of_the_last_shard_are_marked(cache: Path) -> None:
-    path = cache / "bev_low" / "c.2.0.0.0"
-    index = read_index(path, 4, 3, path.stat().st_size)
+    key = "bev_low/c.2.0.0.0"
+    index = read_index(LocalStore(cache), key, 4, 3, (cache / key).stat().st_size, 4 * 8 * 12)
     assert (index[3] == 2**64 - 1).all()
     assert index[:3, 0].tolist() == np.cumsum([0, *index[:2, 1].tolist()]).tolist()
 

@@ -1,0 +1,161 @@
+"""Numbers to few bits and back, row by row, with a fixed order of summation: the same input gives the same bytes.
+
+Imports no torch. M values per row, R rows: a row is a channel of a map, or the points of a box.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bevkd.cache.arrays import LOGIT_CUT, LOGIT_FLOOR, LOGIT_LIMIT, LOGIT_STEP
+
+Array = npt.NDArray[Any]
+
+_TINY = float(np.finfo(np.float32).tiny)
+_DTYPES = {"float16": "f2", "int8": "i1", "sparse": "i1"}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample of one signal as it is stored.
+
+    Attributes:
+        arrays: stored array per array name.
+        error: see ``SignalSpec.max_error``.
+        cosine: cosine similarity of input and stored values; 1 if both are all zero, 0 if one is.
+    """
+
+    arrays: dict[str, Array]
+    error: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Rows as they are stored.
+
+    Attributes:
+        levels: [R,M]; ``level * scale + offset`` restores a value, except of ``logit8``.
+        scales, offsets: [R] float32.
+        error: relative L2 norm of the difference; of logits the largest difference of a probability.
+        cosine: cosine similarity of input and stored values; 1 if both are all zero, 0 if one is.
+    """
+
+    levels: Array
+    scales: Array
+    offsets: Array
+    error: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class _Row:
+    levels: Array
+    restored: Array
+    scale: float = 1.0
+    offset: float = 0.0
+
+
+def quantise(encoding: str, rows: Array, precision: float = 0.0) -> Quantised:
+    """Return float32 ``rows`` [R,M] in ``encoding``, one after the other: a row fits the processor's cache.
+
+    Args:
+        precision: see ``SignalSpec.precision``.
+    """
+    levels = np.empty(rows.shape, _DTYPES.get(encoding, "u1"))
+    scales, offsets = np.ones(len(rows), np.float32), np.zeros(len(rows), np.float32)
+    squares = np.zeros(4)  # summed: input^2, stored^2, difference^2, input * stored
+    worst = 0.0
+    for index, values in enumerate(rows):
+        row = _ENCODERS[encoding](values, precision)
+        levels[index], scales[index], offsets[index] = row.levels, row.scale, row.offset
+        before, after = values.astype(np.float64), row.restored.astype(np.float64)
+        if encoding in ("logit8", "logits"):
+            worst = max(worst, _largest(_sigmoid(before / 2), _sigmoid(after / 2)) if encoding == "logits" else 0.0)
+            before, after = _sigmoid(before), _sigmoid(after)
+            worst = max(worst, _largest(before, after))
+        difference = after - before
+        products = (before * before, after * after, difference * difference, before * after)
+        squares += [product.sum() for product in products]
+    input2, stored2, difference2, product = squares.tolist()
+    norm = math.sqrt(input2) * math.sqrt(stored2)
+    cosine = product / norm if norm > 0 else float(input2 == stored2)
+    relative = math.sqrt(difference2 / input2) if input2 > 0 else 0.0
+    return Quantised(levels, scales, offsets, worst if encoding in ("logit8", "logits") else relative, cosine)
+
+
+def _largest(before: Array, after: Array) -> float:
+    return float(np.abs(after - before).max(initial=0.0))
+
+
+def _sigmoid(logits: Array) -> Array:
+    probability: Array = 1 / (1 + np.exp(-np.clip(logits, -30, 30)))
+    return probability
+
+
+def _float16(values: Array, precision: float) -> _Row:
+    del precision
+    with np.errstate(over="ignore"):  # overflow becomes an infinite error, which is refused
+        stored = values.astype(np.float16)
+    return _Row(stored, stored.astype(np.float32))
+
+
+def _scaled(levels: int) -> Callable[[Array, float], _Row]:
+    """Return the encoder to ``[-levels, levels]`` in which no value other than zero becomes zero.
+
+    Rounding to steps makes an error of ``step / sqrt(12)``, so the steps of a row are as wide as its root mean square
+    and the wanted precision allow. Few levels compress well.
+    """
+
+    def encode_row(values: Array, precision: float) -> _Row:
+        peak: float = np.abs(values).max(initial=0.0).item()
+        if peak == 0:
+            return _Row(values, values, 0.0)
+        step = peak / levels
+        if precision > 0:
+            step = max(step, min(precision * math.sqrt(12) * _rms(values), peak))
+        scale = np.float32(max(step, _TINY))
+        level = np.rint(values / scale)
+        lost = (level == 0) & (values != 0)
+        level[lost] = np.sign(values[lost])
+        return _Row(level, level * scale, float(scale))
+
+    return encode_row
+
+
+def _rms(values: Array) -> float:
+    """Return the root mean square of the values that are not zero."""
+    return math.sqrt(float(np.square(values, dtype=np.float64).sum()) / np.count_nonzero(values))
+
+
+def _logits(values: Array, precision: float) -> _Row:
+    """Spread 256 levels over the logits of a class, cut to where no loss tells them apart."""
+    del precision
+    cut = np.clip(values, -LOGIT_CUT, LOGIT_CUT)
+    low, high = cut.min(initial=LOGIT_CUT).item(), cut.max(initial=-LOGIT_CUT).item()
+    scale, offset = np.float32(max((high - low) / 255, _TINY)), np.float32(low)
+    level = np.clip(np.rint((cut - offset) / scale), 0, 255)
+    return _Row(level, level * scale + offset, float(scale), float(offset))
+
+
+def _logit8(values: Array, precision: float) -> _Row:
+    del precision
+    level = np.rint((np.minimum(values, np.float32(LOGIT_LIMIT)) - LOGIT_FLOOR) / LOGIT_STEP) + 1
+    level[values < LOGIT_FLOOR] = 0
+    return _Row(level, np.where(level == 0, np.float32(-LOGIT_LIMIT), (level - 1) * LOGIT_STEP + LOGIT_FLOOR))
+
+
+_ENCODERS: dict[str, Callable[[Array, float], _Row]] = {
+    "float16": _float16,
+    "uint8": _scaled(255),
+    "int8": _scaled(127),
+    "sparse": _scaled(127),
+    "logits": _logits,
+    "logit8": _logit8,
+}

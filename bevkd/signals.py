@@ -1,0 +1,15 @@
+"""Names of what a teacher writes, a cache stores and a loss reads. Imports nothing heavy."""
+
+from __future__ import annotations
+
+BOX_FIELDS = ("x", "y", "z", "length", "width", "height", "yaw", "vx", "vy")
+"""Values of a box: gravity centre m, size m, yaw rad, velocity m/s."""
+
+MAPS = ("bev_low", "bev_high", "heatmap", "box_code")
+"""Signals that are maps on the BEV grid."""
+
+POINTS = {"points_low": "bev_low", "points_high": "bev_high"}
+"""Signals that are samples of a map at the nine points of each annotated box, and that map."""
+
+SIGNALS = (*MAPS, "boxes", *POINTS, "instances")
+"""Names of all signals."""
