@@ -31,7 +31,7 @@ app = typer.Typer(
     "once and stores what it knows, train-student trains a light student from that store, with no teacher in memory.",
     epilog="Start with: bevkd demo. Every command takes --debug for the traceback of an error.",
 )
-cache_app = typer.Typer(no_args_is_help=True, help="Look at and check caches.")
+cache_app = typer.Typer(no_args_is_help=True, help="List, check, compare, copy, draw and remove caches.")
 app.add_typer(cache_app, name="cache")
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a value of the recipe.")]
@@ -118,6 +118,15 @@ def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=1) + "\n")
 
 
+def _size(count: float) -> str:
+    """Return a number of bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
 def _print_report(report: Report) -> None:
     from bevkd.evaluation.tables import report_table
 
@@ -160,22 +169,39 @@ def cache_teacher(
     out: Annotated[str, typer.Option(metavar="URI", help="Where the cache goes.")],
     overrides: Set = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Cache only the first frames.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Write the I-th of N equal shares of the blocks, I from 0.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Spread the blocks over this many worker processes and their GPUs.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Spread them over the workers of a dask scheduler.")
+    ] = None,
+    space_check: Annotated[
+        bool, typer.Option("--no-space-check", help="Begin even if the disk looks too small.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Run a teacher once and store what it knows; run again to finish an interrupted cache."""
-    from pipeline.cache_teacher import cache_teacher as story
+    if sum(value is not None for value in (shard, workers, scheduler)) > 1:
+        raise typer.BadParameter("give at most one of --shard, --workers and --scheduler")
     from pipeline.recipe import load_cache
 
-    summary = story(load_cache(recipe, overrides or []), out, limit, _Bars(as_json))
+    loaded = load_cache(recipe, overrides or [])
+    if workers is not None or scheduler is not None:
+        from pipeline.schedule import cache_on_workers
+
+        summary = cache_on_workers(loaded, out, limit, _Bars(as_json), workers or 1, scheduler, space_check)
+    else:
+        from pipeline.cache_teacher import Share
+        from pipeline.cache_teacher import cache_teacher as story
+
+        summary = story(loaded, out, limit, _Bars(as_json), Share.parse(shard) if shard else Share(), space_check)
     if as_json:
         _print_json(asdict(summary))
         return
-    _out.print(
-        f"{summary.frames} frames in {summary.path}, {summary.written} written now, "
-        f"{summary.bytes_per_frame / 1e3:.1f} kB per frame\nname {summary.name}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    _out.print(summary.text, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -269,8 +295,134 @@ def cache_info(uri: Annotated[str, typer.Argument(metavar="URI")], as_json: Json
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")  # a name is worth nothing cut short
     for name, value in summary.items():
-        table.add_row(f"[bold]{name}[/bold]", escape(value if isinstance(value, str) else json.dumps(value)))
+        lines = [f"{key}: {text}" for key, text in value.items()] if isinstance(value, dict) else [str(value)]
+        table.add_row(f"[bold]{name}[/bold]", escape("\n".join(lines)))
     _out.print(table)
+
+
+@cache_app.command("ls")
+def cache_ls(
+    uri: Annotated[str, typer.Argument(metavar="URI", help="A cache, or a folder or bucket of caches.")] = ".",
+    as_json: Json = False,
+) -> None:
+    """List the caches of a folder or bucket."""
+    from bevkd.cache.catalogue import listing
+
+    entries = listing(uri)
+    if as_json:
+        _print_json([asdict(entry) for entry in entries])
+        return
+    from rich.table import Table
+
+    if not entries:
+        _out.print(f"no caches directly in {uri}", highlight=False, soft_wrap=True)
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("cache", "state", "frames", "size", "spec", "teacher", "data set", "name"):
+        table.add_column(column, justify="right" if column in ("frames", "size") else "left", overflow="fold")
+    for entry in entries:
+        where = entry.uri if len(entries) == 1 else entry.uri.rpartition("/")[2]
+        state = entry.state if entry.state == "sealed" else f"[yellow]{escape(entry.state)}[/yellow]"
+        figures = (str(entry.frames), _size(entry.bytes)) if entry.frames else ("", "")
+        table.add_row(
+            escape(where),
+            state,
+            *figures,
+            escape(entry.spec),
+            escape(entry.teacher),
+            escape(entry.dataset),
+            entry.name[:8],
+        )
+    _out.print(table)
+
+
+@cache_app.command("plan")
+def cache_plan(
+    recipe: Recipe,
+    out: Annotated[str | None, typer.Option(metavar="URI", help="Where the cache would go.")] = None,
+    overrides: Set = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Plan for the first frames only.")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="GPUs or processes that would work at once.")] = 1,
+    frames: Annotated[int, typer.Option(min=1, max=1024, help="Frames of the trial.")] = 4,
+    as_json: Json = False,
+) -> None:
+    """Say what a cache will take in space and time, from a trial with a few frames."""
+    from pipeline.plan import plan_cache
+    from pipeline.recipe import load_cache
+
+    plan = plan_cache(load_cache(recipe, overrides or []), out, limit, devices, frames, _Bars(as_json))
+    if as_json:
+        _print_json(plan.to_json())
+        return
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in plan.rows(_size):
+        table.add_row(f"[bold]{name}[/bold]", escape(value))
+    _out.print(table)
+
+
+@cache_app.command("copy")
+def cache_copy(
+    source: Annotated[str, typer.Argument(metavar="SRC")],
+    target: Annotated[str, typer.Argument(metavar="DST", help="A new folder, or s3://bucket/prefix.")],
+    check: Annotated[bool, typer.Option(help="Read the copy back and compare its checksums.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Copy a cache between folders and object stores; run again to finish an interrupted copy."""
+    from bevkd.cache.transfer import copy
+    from bevkd.cache.verify import verify
+    from bevkd.errors import CacheError, report
+
+    bars = _Bars(as_json)
+    manifest = copy(source, target, bars)
+    faults = verify(target, progress=bars) if check else []
+    if faults:
+        raise report(CacheError, f"{target} is not a whole copy:", faults)
+    if as_json:
+        _print_json({"uri": target, "name": manifest.name, "frames": len(manifest.tokens), "checked": check})
+        return
+    _out.print(f"{target} holds {manifest.name}", highlight=False, soft_wrap=True)
+
+
+@cache_app.command("diff")
+def cache_diff(
+    first: Annotated[str, typer.Argument(metavar="A")],
+    second: Annotated[str, typer.Argument(metavar="B")],
+    as_json: Json = False,
+) -> None:
+    """Say in what two caches differ; exit code 1 if they do."""
+    from bevkd.cache.catalogue import differences
+    from bevkd.cache.manifest import open_manifest
+    from bevkd.cache.store import open_store
+
+    found = differences(open_manifest(open_store(first)), open_manifest(open_store(second)))
+    if as_json:
+        _print_json({"first": first, "second": second, "differences": found})
+    else:
+        for line in found or ["the same cache"]:
+            _out.print(escape(line), highlight=False, soft_wrap=True)
+    if found:
+        raise typer.Exit(1)
+
+
+@cache_app.command("rm")
+def cache_rm(
+    uri: Annotated[str, typer.Argument(metavar="URI")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove a cache, after asking; files that are not its own stay."""
+    from bevkd.cache.transfer import contents, remove
+
+    files, size = contents(uri)
+    if not yes:
+        typer.confirm(f"Remove {files} files, {_size(size)}, of the cache {uri}?", abort=True)
+    left = remove(uri)
+    _out.print(f"removed {uri}", highlight=False, soft_wrap=True)
+    for key in left:
+        _out.print(f"left alone: {escape(key)}", highlight=False, soft_wrap=True)
 
 
 @cache_app.command("verify")
@@ -283,7 +435,7 @@ def cache_verify(
     from bevkd.cache.verify import verify
     from bevkd.errors import CacheError, report
 
-    faults = verify(uri, deep)
+    faults = verify(uri, deep, _Bars(as_json))
     if as_json:
         _print_json({"uri": uri, "deep": deep, "faults": faults})
         if faults:

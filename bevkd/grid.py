@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float
+from typing import TYPE_CHECKING
+
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
+
+if TYPE_CHECKING:  # a manifest holds a grid, and listing caches should not take torch's second to start
+    import torch
+    from jaxtyping import Float
+    from torch import Tensor
+
+
+MAX_CELLS = 65_536
+"""Most cells along an axis: far more than any detector has, and few enough to be counted exactly."""
 
 
 class BEVGrid(BaseModel):
@@ -34,6 +42,8 @@ class BEVGrid(BaseModel):
                 raise ValueError(f"{name} must be [low, high] with low < high, got [{low}, {high}]")
         for name, (low, high) in (("x_m", self.x_m), ("y_m", self.y_m)):
             cells = (high - low) / self.cell_m
+            if not 0.5 < cells < MAX_CELLS:
+                raise ValueError(f"{name} spans {high - low} m in cells of {self.cell_m} m: give 1 to {MAX_CELLS} cells")
             if abs(cells - round(cells)) > 1e-4:
                 raise ValueError(f"{name} spans {high - low} m, which is not a whole number of {self.cell_m} m cells")
         return self
@@ -66,6 +76,8 @@ class BEVGrid(BaseModel):
 
     def centers(self, device: torch.device | str = "cpu") -> Float[Tensor, "Y X 2"]:
         """Return the ``(x, y)`` centre of every cell in metres."""
+        import torch
+
         rows, columns = self.shape
         row, column = torch.meshgrid(
             torch.arange(rows, device=device) + 0.5, torch.arange(columns, device=device) + 0.5, indexing="ij"

@@ -1,24 +1,22 @@
-"""What a cache holds, in words and as a picture."""
+"""What a cache holds, in words and as a picture; and where caches lie."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from bevkd.cache.reader import CacheReader
-from bevkd.data.source import Sensor
-from bevkd.distill.base import TeacherBatch
+from bevkd.cache.arrays import arrays_for
+from bevkd.cache.catalogue import stored_bytes
+from bevkd.cache.manifest import Manifest, open_manifest
+from bevkd.cache.store import open_store
 from bevkd.errors import CacheError
-from bevkd.geometry.affine import BEVAffine
-from pipeline.cache_teacher import bytes_per_frame
-from pipeline.evaluate import source_of_cache
 
 
 def info(uri: str) -> dict[str, Any]:
     """Return what a person asks of a cache, as plain values."""
-    manifest = CacheReader.open(uri).manifest
-    teacher = manifest.teacher
+    manifest = open_manifest(open_store(uri))
+    teacher, size = manifest.teacher, stored_bytes(manifest)
     return {
         "name": manifest.name,
         "teacher": f"{teacher.name}, weights {teacher.weights_sha256[:12]}, {teacher.origin}",
@@ -28,14 +26,22 @@ def info(uri: str) -> dict[str, Any]:
         "classes": ", ".join(manifest.classes),
         "grid": str(manifest.grid),
         "frame of maps and boxes": manifest.frame,
-        "signals": {
-            name: f"{list(manifest.sample_shapes[name]) if name in manifest.sample_shapes else 'n 11'} {spec.encoding}"
-            for name, spec in manifest.spec.signals.items()
-        },
-        "kB per frame": round(bytes_per_frame(manifest) / 1e3, 1),
+        "signals": {name: _signal(manifest, name) for name in manifest.spec.signals},
+        "kB per frame": round(size / len(manifest.tokens) / 1e3, 1),
+        "bytes": size,
         "licence": manifest.licence or "not stated",
         "versions": manifest.versions,
     }
+
+
+def _signal(manifest: Manifest, name: str) -> str:
+    """Return shape, encoding, size and error of a signal in a few words."""
+    arrays = arrays_for(name, manifest.spec.signals[name], manifest.sample_shapes.get(name, ()))
+    size = sum(record.arrays[array.name].bytes for record in manifest.records for array in arrays)
+    error = max(record.stats[name].error_max for record in manifest.records)
+    shape = " ".join(str(length) for length in arrays[0].shape)
+    encoding = manifest.spec.signals[name].encoding
+    return f"{shape}, {encoding}, {size / len(manifest.tokens) / 1e3:.1f} kB per frame, error at most {error:.2g}"
 
 
 def show(uri: str, token: str | None, score: float, out: Path, overrides: Sequence[str]) -> None:
@@ -44,14 +50,18 @@ def show(uri: str, token: str | None, score: float, out: Path, overrides: Sequen
     ``overrides`` complete the recorded data config, which does not say where the data set lies. Sensors whose files
     are not there are left out of the picture.
     """
+    from bevkd.cache.reader import CacheReader
+    from bevkd.distill.base import TeacherBatch
+    from bevkd.geometry.affine import BEVAffine
     from bevkd.viz import FrameHeader, frame_page, save
+    from pipeline.evaluate import source_of_cache
 
     reader = CacheReader.open(uri)
     token = token or reader.tokens[0]
     if token not in reader:
         raise CacheError(f"no sample '{token}' in {uri}. Its first is {reader.tokens[0]}; it holds {len(reader)}.")
     source = source_of_cache(reader, overrides)
-    sensors: tuple[Sensor, ...] = ("camera", "lidar")
+    sensors: tuple[Literal["camera", "lidar"], ...] = ("camera", "lidar")
     present = frozenset(sensor for sensor in sensors if not source.check([token], frozenset({sensor})))
     frame = source.load(token, present)
     stored = {key: array[None] for key, array in reader.tensors(token, tuple(reader.manifest.spec.signals)).items()}

@@ -58,6 +58,9 @@ def evaluate_run(run: Path, overrides: Sequence[str], progress: Progress) -> Rep
     return evaluate_detector(detector, source, recipe.evaluation, run, progress)
 
 
+_PLACES = ("root", "index_dir")
+
+
 def evaluate_cache(uri: str, overrides: Sequence[str]) -> Report:
     """Return the metrics of the teacher's boxes in a cache, on the frames of the cache.
 
@@ -74,7 +77,9 @@ def source_of_cache(reader: CacheReader, overrides: Sequence[str]) -> FrameSourc
     Raises:
         ContractError: the data set there is another one, was annotated anew, or has other classes.
     """
-    recorded = dict(reader.manifest.config["data"])  # type: ignore[arg-type]
+    data = reader.manifest.config.get("data")
+    # A cache of a stranger must not say which folders are read and written here.
+    recorded = {key: value for key, value in (data if isinstance(data, dict) else {}).items() if key not in _PLACES}
     recorded |= {"tokens": list(reader.tokens), "labels": 1.0, "skip_missing": False}
     where = f"the data config recorded in {reader.uri} (it leaves out where the data lies: --set data.root=FOLDER)"
     source = _source({"data": recorded}, overrides, where)

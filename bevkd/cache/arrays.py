@@ -27,7 +27,14 @@ BOX_ROW = (*BOX_FIELDS, "score", "label")
 POINT_BOX_ROW = BOX_FIELDS[:7]
 INSTANCE_ROW = ("camera", "left", "top", "right", "bottom", "score", "label")
 
-_TYPES = {"float16": "float16", "uint8": "uint8", "int8": "int8", "logit8": "uint8", "logits": "uint8", "sparse": "int8"}
+_TYPES = {
+    "float16": "float16",
+    "uint8": "uint8",
+    "int8": "int8",
+    "logit8": "uint8",
+    "logits": "uint8",
+    "sparse": "int8",
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,9 @@ def all_arrays(spec: CacheSpec, sample_shapes: Mapping[str, tuple[int, ...]]) ->
     )
 
 
-def sample_shapes(spec: CacheSpec, written: Mapping[str, tuple[int, ...]], teacher: str) -> dict[str, tuple[int, ...]]:
+def sample_shapes_of(
+    spec: CacheSpec, written: Mapping[str, tuple[int, ...]], teacher: str
+) -> dict[str, tuple[int, ...]]:
     """Return the shape of one sample per map and point signal of ``spec``.
 
     Args:
@@ -90,7 +99,9 @@ def sample_shapes(spec: CacheSpec, written: Mapping[str, tuple[int, ...]], teach
     shapes, faults = {}, []
     for signal, stored in spec.signals.items():
         needed = [POINTS.get(signal, signal)] if signal in (*MAPS, *POINTS) else []
-        absent = [name for name in [*needed, *(["heatmap"] if stored.encoding == "sparse" else [])] if name not in written]
+        absent = [
+            name for name in [*needed, *(["heatmap"] if stored.encoding == "sparse" else [])] if name not in written
+        ]
         if absent:
             faults.append(f"signals.{signal} needs {' and '.join(absent)}")
         elif signal in POINTS:

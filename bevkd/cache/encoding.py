@@ -22,13 +22,25 @@ from bevkd.errors import CacheError
 from bevkd.signals import POINTS
 from bevkd.types import Boxes, BoxPoints, Instances, SparseMap
 
-__all__ = ["Array", "ArraySpec", "Decoded", "Encoded", "Value", "all_arrays", "arrays_for", "decode", "encode"]
+__all__ = [
+    "Array",
+    "ArraySpec",
+    "Decoded",
+    "Encoded",
+    "Value",
+    "all_arrays",
+    "arrays_for",
+    "decode",
+    "encode",
+    "shape_of",
+]
 
 Value = Tensor | Array | Boxes | SparseMap | BoxPoints | Instances
 """A signal of one sample: a map (torch or numpy), or what else a signal is."""
 
 Decoded = Float[Tensor, "B ..."] | SparseMap | tuple[Boxes, ...] | tuple[BoxPoints, ...] | tuple[Instances, ...]
 """A signal of a batch."""
+
 
 def encode(signal: str, spec: SignalSpec, value: Value, token: str) -> Encoded:
     """Return one sample of a signal as stored arrays, with the error that storing makes.
@@ -58,6 +70,15 @@ def encode(signal: str, spec: SignalSpec, value: Value, token: str) -> Encoded:
             f"allowed are {spec.max_error:.4g}. {_advice(signal, spec)}"
         )
     return encoded
+
+
+def shape_of(value: Value) -> tuple[int, ...] | None:
+    """Return the shape that a map has, or each box's points; None for boxes and instances."""
+    if isinstance(value, Boxes | Instances):
+        return None
+    if isinstance(value, BoxPoints):
+        return tuple(value.values.shape[1:])
+    return tuple(value.values.shape if isinstance(value, SparseMap) else value.shape)
 
 
 def decode(signal: str, spec: SignalSpec, stored: Mapping[str, Tensor]) -> Decoded:

@@ -119,6 +119,11 @@ class LocalStore:
             if entry.is_symlink() or not entry.is_dir()
         }
 
+    def folders(self) -> list[str]:
+        """Return the names of the folders directly in this one."""
+        with os.scandir(self.folder) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir())
+
     def exists(self, key: str) -> bool:
         """Return whether there is such a file."""
         return os.path.lexists(self._path(key))
@@ -153,10 +158,14 @@ class LocalStore:
         (self.folder / key).unlink(missing_ok=True)
 
     def remove_folders(self, folders: tuple[str, ...]) -> None:
-        """Remove empty folders."""
+        """Remove those of the folders that are empty."""
         for folder in folders:
             with contextlib.suppress(FileNotFoundError):
-                (self.folder / folder).rmdir()
+                try:
+                    (self.folder / folder).rmdir()
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
 
     def empty(self) -> bool:
         """Return whether the folder holds nothing but temporary files, or does not exist."""

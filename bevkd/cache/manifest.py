@@ -6,19 +6,22 @@ import importlib.metadata
 import json
 import math
 import platform
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, Field, JsonValue, model_validator
 
 from bevkd.cache import blocks
-from bevkd.cache.encoding import ArraySpec, all_arrays
+from bevkd.cache.arrays import ArraySpec, all_arrays
 from bevkd.cache.spec import CacheSpec, SignalName
 from bevkd.cache.store import FileRecord, Store
 from bevkd.config import StrictModel, digest, parse
-from bevkd.data.source import DatasetIdentity
+from bevkd.data.identity import DatasetIdentity
 from bevkd.errors import CacheError, ConfigError, report
 from bevkd.grid import BEVGrid
+from bevkd.signals import MAPS, POINTS
+from bevkd.signals import POINTS
 
 SCHEMA_VERSION: Literal[1] = 1
 FRAME: Literal["LIDAR frame, [C,Y,X]"] = "LIDAR frame, [C,Y,X]"
@@ -26,9 +29,12 @@ ROOT = "zarr.json"
 MANIFEST = "manifest.json"
 COMMITS = "commits"
 _MAX_ELEMENTS = 2**28
+_MAX_SAMPLE_BYTES = 2**30
+_CONTROL = re.compile(rb"\\u00(?:0[0-8bBcCeEfF]|1[0-9a-fA-F]|7[fF]|[89][0-9a-fA-F])|\x7f|\xc2[\x80-\x9f]")
 MAX_JSON_BYTES = 2**28
 """A manifest of 28,130 samples has 3 MB."""
 
+RESTORE = "Restore the file from a copy of the cache"
 _WRITERS = ("bevkd", "numcodecs", "numpy", "torch", "zarr")
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -102,15 +108,23 @@ class Header(StrictModel):
             raise ValueError(f"tokens: {len(self.tokens) - len(set(self.tokens))} are repeated, each must occur once")
         for signal, shape in self.sample_shapes.items():
             self._check_shape(signal, shape)
+        if not self._shapes_missing():
+            for array in self.arrays:
+                if array.nbytes > _MAX_SAMPLE_BYTES:
+                    raise ValueError(f"array {array.name} has {array.nbytes:,} bytes per sample, at most 2^30 may be")
         return self
 
+    def _shapes_missing(self) -> set[str]:
+        return {name for name in self.spec.signals if name in (*MAPS, *POINTS)} - set(self.sample_shapes)
+
     def _check_shape(self, signal: str, shape: tuple[int, ...]) -> None:
-        wanted = "[T,10,Y,X]" if signal == "box_code" else "[C,Y,X]"
-        if len(shape) != (4 if signal == "box_code" else 3) or (signal == "box_code" and shape[1] != 10):
+        wanted = "[9,C]" if signal in POINTS else "[T,10,Y,X]" if signal == "box_code" else "[C,Y,X]"
+        fixed = {"[9,C]": (9, None), "[T,10,Y,X]": (None, 10, None, None), "[C,Y,X]": (None, None, None)}[wanted]
+        if len(shape) != len(fixed) or any(want not in (None, got) for want, got in zip(fixed, shape, strict=True)):
             raise ValueError(f"sample_shapes.{signal} is {list(shape)}, it must be {wanted}")
         if math.prod(shape) > _MAX_ELEMENTS:
             raise ValueError(f"sample_shapes.{signal} is {list(shape)}, more than {_MAX_ELEMENTS} values per sample")
-        if shape[-2:] != self.grid.shape:
+        if signal not in POINTS and shape[-2:] != self.grid.shape:
             raise ValueError(f"sample_shapes.{signal} is {list(shape)}, but the grid is {self.grid}")
         if signal == "heatmap" and shape[0] != len(self.classes):
             raise ValueError(f"sample_shapes.heatmap has {shape[0]} channels for {len(self.classes)} classes")
@@ -173,6 +187,8 @@ class Manifest(Header):
 
     @model_validator(mode="after")
     def _check_records(self) -> Self:
+        if missing := self._shapes_missing():
+            raise ValueError(f"sample_shapes lacks {', '.join(sorted(missing))}")
         if len(self.records) != self.blocks:
             raise ValueError(f"records: {len(self.records)} for {self.blocks} blocks")
         for block, record in enumerate(self.records):
@@ -209,14 +225,24 @@ def read_json(store: Store, key: str) -> dict[str, Any]:
     """
     place = store.place(key)
     try:
-        data = json.loads(store.read(key, MAX_JSON_BYTES))
+        text = store.read(key, MAX_JSON_BYTES)
+        data = json.loads(text, parse_float=_finite, parse_constant=_finite)
     except OSError as error:
-        raise CacheError(f"cannot read {place}: {error.strerror}. Restore it from a copy of the cache.") from error
+        raise CacheError(f"cannot read {place}: {error.strerror}. {RESTORE}.") from error
     except (ValueError, RecursionError) as error:
-        raise CacheError(f"{place} is damaged: it is no JSON text. Restore it from a copy of the cache.") from error
+        raise CacheError(f"{place} is damaged: it is no JSON text of finite numbers. {RESTORE}.") from error
+    if _CONTROL.search(text):
+        raise CacheError(f"{place} holds control characters, which could write to your terminal. Do not use this cache.")
     if not isinstance(data, dict):
-        raise CacheError(f"{place} is damaged: it holds no mapping. Restore it from a copy of the cache.")
+        raise CacheError(f"{place} is damaged: it holds no mapping. {RESTORE}.")
     return data
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not finite")
+    return number
 
 
 def parse_json(model: type[Model], data: dict[str, Any], place: str) -> Model:
@@ -231,7 +257,9 @@ def parse_json(model: type[Model], data: dict[str, Any], place: str) -> Model:
     try:
         return parse(model, data, place)
     except ConfigError as error:
-        raise CacheError(f"{error}\nRestore the file from a copy of the cache.") from error
+        raise CacheError(f"{error}\n{RESTORE}.") from error
+    except RecursionError as error:
+        raise CacheError(f"{place} is damaged: its values are nested too deep. {RESTORE}.") from error
 
 
 def read_manifest(store: Store) -> Manifest:
@@ -276,17 +304,51 @@ def read_header(store: Store) -> Header:
     return parse_json(Header, found, place)
 
 
+def open_manifest(store: Store) -> Manifest:
+    """Return the manifest of a sealed cache after checking it and the metadata files that it lists.
+
+    Raises:
+        CacheError: there is no cache, it is not sealed, or manifest or metadata are damaged.
+    """
+    try:
+        if not store.exists(MANIFEST):
+            raise CacheError(_why_not_sealed(store))
+        manifest = read_manifest(store)
+        for key, record in manifest.files.items():
+            _check_metadata(store, key, record)
+    except OSError as error:
+        raise CacheError(f"cannot read the cache {store.uri}: {error.strerror}. Check address and rights.") from error
+    return manifest
+
+
+def _check_metadata(store: Store, key: str, record: FileRecord) -> None:
+    try:
+        found = store.record(key)
+    except OSError as error:
+        raise CacheError(f"{store.place(key)} cannot be read: {error.strerror}. {RESTORE}.") from error
+    if found != record:
+        raise CacheError(f"{store.place(key)} is damaged: its checksum is not the manifest's. {RESTORE}.")
+
+
+def _why_not_sealed(store: Store) -> str:
+    if not store.exists(ROOT):
+        return f"there is no cache at {store.uri}. Check the address, or write one with cache-teacher."
+    header = read_header(store)
+    done = len(committed(store))
+    return (
+        f"cache {store.uri} is not sealed: {done} of {header.blocks} blocks are committed. Run cache-teacher with "
+        "the same recipe again to finish it."
+    )
+
+
 def check_same(place: str, existing: Header, wanted: Header) -> None:
     """Check that a run may go on with a cache that another run began; package versions may differ.
 
     Raises:
         CacheError: names every field that differs.
     """
-    old, new = (_flat(header.model_dump(mode="json", exclude={"tokens", "versions"})) for header in (existing, wanted))
     faults = [
-        f"{key}: the cache has {old.get(key, 'nothing')!r}, this run {new.get(key, 'nothing')!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        f"{key}: the cache has {old!r}, this run {new!r}" for key, old, new in header_differences(existing, wanted)
     ]
     if existing.tokens != wanted.tokens:
         added, gone = set(wanted.tokens) - set(existing.tokens), set(existing.tokens) - set(wanted.tokens)
@@ -298,6 +360,14 @@ def check_same(place: str, existing: Header, wanted: Header) -> None:
             "folder to start again:"
         )
         raise report(CacheError, headline, faults)
+
+
+def header_differences(first: Header, second: Header) -> list[tuple[str, Any, Any]]:
+    """Return the path and both values of every field that differs, but tokens and package versions."""
+    fields = set(Header.model_fields) - {"tokens", "versions"}
+    old, new = (_flat(header.model_dump(mode="json", include=fields)) for header in (first, second))
+    keys = sorted(old.keys() | new.keys())
+    return [(key, old.get(key, "nothing"), new.get(key, "nothing")) for key in keys if old.get(key) != new.get(key)]
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from bevkd.cache import blocks, shard
 from bevkd.cache.encoding import Array, ArraySpec, arrays_for, decode
-from bevkd.cache.manifest import MANIFEST, ROOT, Manifest, committed, read_header, read_manifest, record_key
-from bevkd.cache.store import FileRecord, Store, open_store
-from bevkd.data.source import DatasetIdentity
+from bevkd.cache.manifest import MANIFEST, RESTORE, Manifest, open_manifest, record_key
+from bevkd.cache.store import Store, open_store
+from bevkd.data.identity import DatasetIdentity
 from bevkd.errors import CacheError
 from bevkd.grid import BEVGrid
 from bevkd.types import Boxes
@@ -98,23 +98,26 @@ class CacheReader:
             CacheError: unknown token or signal, or a shard is missing, truncated or damaged.
         """
         arrays = self.arrays(signals)
+        return {
+            array.name: self.read_array(token, array, None if out is None else out.get(array.name)) for array in arrays
+        }
+
+    def read_array(self, token: str, array: ArraySpec, buffer: Array | None = None) -> Array:
+        """Return one stored array of one sample, in ``buffer`` if there is one; see :meth:`read`."""
         sample = self._samples.get(token)
         if sample is None:
             raise CacheError(f"cache {self.uri} holds no sample '{token}'. Write a cache of the data set you use.")
         block, slot = blocks.locate(sample, self.manifest.spec.block)
-        found = {}
-        for array in arrays:
-            buffer = None if out is None else out.get(array.name)
-            if buffer is None:
-                buffer = np.empty(array.shape, array.dtype)
-            elif buffer.shape != array.shape or buffer.dtype != array.dtype or not buffer.flags.c_contiguous:
-                raise CacheError(f"out['{array.name}'] must be a contiguous {array.dtype} array of {array.shape}.")
-            try:
-                self._read_sample(array, block, slot, buffer)
-            except CacheError as error:
-                raise CacheError(f"sample '{token}' of cache {self.uri}: {error}. {self._advice(block)}") from error
-            found[array.name] = buffer
-        return found
+        if buffer is None:
+            buffer = np.empty(array.shape, array.dtype)
+        elif buffer.shape != array.shape or buffer.dtype != array.dtype or not buffer.flags.c_contiguous:
+            raise CacheError(f"out['{array.name}'] must be a contiguous {array.dtype} array of {array.shape}.")
+        try:
+            self._read_sample(array, block, slot, buffer)
+            self._check_count(array, buffer)
+        except CacheError as error:
+            raise CacheError(f"sample '{token}' of cache {self.uri}: {error}. {self._advice(block)}") from error
+        return buffer
 
     def tensors(self, token: str, signals: Sequence[str]) -> dict[str, Tensor]:
         """Return the stored arrays of one sample as tensors that share their memory; see :meth:`read`."""
@@ -197,48 +200,17 @@ class CacheReader:
         except CacheError as error:
             raise CacheError(f"shard {self._shards.place(key)}: {error}") from error
 
+    def _check_count(self, array: ArraySpec, value: Array) -> None:
+        """Refuse a number of rows that there cannot be."""
+        signal = array.name.removesuffix("_count")
+        if signal == array.name or signal not in self.manifest.spec.signals:
+            return
+        capacity = self.manifest.spec.signals[signal].capacity
+        if not 0 <= value.item() <= capacity:
+            raise CacheError(f"{array.name} is {value.item()}, it must be 0 to {capacity}")
+
     def _advice(self, block: int) -> str:
         return (
-            f"{_RESTORE}, or delete {MANIFEST}, {record_key(block)} and the shards c.{block}* and run cache-teacher "
+            f"{RESTORE}, or delete {MANIFEST}, {record_key(block)} and the shards c.{block}* and run cache-teacher "
             "again"
         )
-
-
-_RESTORE = "Restore the file from a copy of the cache"
-
-
-def open_manifest(store: Store) -> Manifest:
-    """Return the manifest of a sealed cache after checking it and the metadata files that it lists.
-
-    Raises:
-        CacheError: there is no cache, it is not sealed, or manifest or metadata are damaged.
-    """
-    try:
-        if not store.exists(MANIFEST):
-            raise CacheError(_why_not_sealed(store))
-        manifest = read_manifest(store)
-        for key, record in manifest.files.items():
-            _check_metadata(store, key, record)
-    except OSError as error:
-        raise CacheError(f"cannot read the cache {store.uri}: {error.strerror}. Check address and rights.") from error
-    return manifest
-
-
-def _check_metadata(store: Store, key: str, record: FileRecord) -> None:
-    try:
-        found = store.record(key)
-    except OSError as error:
-        raise CacheError(f"{store.place(key)} cannot be read: {error.strerror}. {_RESTORE}.") from error
-    if found != record:
-        raise CacheError(f"{store.place(key)} is damaged: its checksum is not the manifest's. {_RESTORE}.")
-
-
-def _why_not_sealed(store: Store) -> str:
-    if not store.exists(ROOT):
-        return f"there is no cache at {store.uri}. Check the address, or write one with cache-teacher."
-    header = read_header(store)
-    done = len(committed(store))
-    return (
-        f"cache {store.uri} is not sealed: {done} of {header.blocks} blocks are committed. Run cache-teacher with "
-        "the same recipe again to finish it."
-    )

@@ -97,6 +97,10 @@ class Store(Protocol):
         """
         ...
 
+    def folders(self) -> list[str]:
+        """Return the names of the folders directly in the cache's folder or under its prefix, in order."""
+        ...
+
     def exists(self, key: str) -> bool:
         """Return whether there is such a file."""
         ...
@@ -114,7 +118,7 @@ class Store(Protocol):
         ...
 
     def remove_folders(self, folders: tuple[str, ...]) -> None:
-        """Remove empty folders, '' being the cache's own; a store without folders does nothing."""
+        """Remove those of the folders that are empty, '' being the cache's own; a store without folders does nothing."""
         ...
 
     def empty(self) -> bool:

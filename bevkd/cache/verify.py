@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,26 +12,31 @@ from bevkd.cache.encoding import ArraySpec
 from bevkd.cache.manifest import BlockRecord, parse_json, read_json, record_key
 from bevkd.cache.reader import CacheReader
 from bevkd.errors import CacheError
+from bevkd.progress import Progress, Silent
+
+_SHOWN = 3
 
 
-def verify(path: str | Path, deep: bool = False) -> list[str]:
-    """Return every fault of the cache at ``path``; no fault means that each file is what was sealed.
+def verify(uri: str | Path, deep: bool = False, progress: Progress | None = None) -> list[str]:
+    """Return every fault of the cache at ``uri``; no fault means that each file is what was sealed.
 
     Args:
         deep: decompress every sample as well, which finds faults of the writer rather than of the disk.
     """
     try:
-        reader = CacheReader.open(path)
+        reader = CacheReader.open(uri)
     except CacheError as error:
         return [str(error)]
     faults = []
-    for block, record in enumerate(reader.manifest.records):
-        faults += _check_record(reader, record)
-        for signal in sorted(reader.manifest.spec.signals):
-            for array in reader.arrays([signal]):
-                faults += _check_shard(reader, array, block)
-        if deep and not faults:
-            faults += _check_samples(reader, record)
+    with (progress or Silent()).task("verify", reader.manifest.blocks, "block") as task:
+        for record in reader.manifest.records:
+            found = _check_record(reader, record)
+            for array in reader.arrays(sorted(reader.manifest.spec.signals)):
+                found += _check_shard(reader, array, record)
+            if deep and not found:
+                found = _check_samples(reader, record)
+            faults += found
+            task.advance(faults=len(faults))
     return faults
 
 
@@ -44,18 +50,36 @@ def _check_record(reader: CacheReader, record: BlockRecord) -> list[str]:
     return [] if found == record else [f"{place} is not the record in the manifest"]
 
 
-def _check_shard(reader: CacheReader, array: ArraySpec, block: int) -> list[str]:
-    key = shard.shard_name(array, block)
+def _check_shard(reader: CacheReader, array: ArraySpec, record: BlockRecord) -> list[str]:
+    key, wanted = shard.shard_name(array, record.block), record.arrays[array.name]
     place = reader.store.place(key)
     try:
-        reader.check_index(array, block)
+        reader.check_index(array, record.block)
         found = reader.store.record(key)
     except CacheError as error:
-        return [str(error)]
+        return [f"{error}; it holds {_named(record.tokens)}"]
     except OSError as error:
-        return [f"shard {place} cannot be read: {error.strerror}"]
-    wanted = reader.manifest.records[block].arrays[array.name]
-    return [] if found == wanted else [f"shard {place} has CRC-32C {found.crc32c}, its record says {wanted.crc32c}"]
+        return [f"shard {place} cannot be read: {error.strerror}; it holds {_named(record.tokens)}"]
+    if found == wanted:
+        return []
+    damaged = [token for token in record.tokens if not _decodes(reader, array, token)]
+    what = (
+        _named(damaged) if damaged else "no sample: every one of them decodes, but one may be another than was sealed"
+    )
+    return [f"shard {place} has CRC-32C {found.crc32c}, its record says {wanted.crc32c}; the damage is in {what}"]
+
+
+def _decodes(reader: CacheReader, array: ArraySpec, token: str) -> bool:
+    try:
+        reader.read_array(token, array)
+    except CacheError:
+        return False
+    return True
+
+
+def _named(tokens: Sequence[str]) -> str:
+    some = ", ".join(f"'{token}'" for token in tokens[:_SHOWN])
+    return f"sample {some}" if len(tokens) == 1 else f"{len(tokens)} samples: {some}{', ...' * (len(tokens) > _SHOWN)}"
 
 
 def _check_samples(reader: CacheReader, record: BlockRecord) -> list[str]:

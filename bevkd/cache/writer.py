@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from bevkd.cache import manifest, shard
-from bevkd.cache.encoding import Encoded, Value, all_arrays, encode
+from bevkd.cache.arrays import arrays_for, sample_shapes_of
+from bevkd.cache.encoding import Encoded, Value, encode, shape_of
 from bevkd.cache.manifest import COMMITS, MANIFEST, ROOT, BlockRecord, Header, Manifest, SignalStats, record_key
 from bevkd.cache.spec import CacheSpec
 from bevkd.cache.store import FileRecord, Store, open_store
@@ -37,18 +38,23 @@ REMOTE_PATIENCE_S = 60.0
 """The same where publishing is an upload."""
 
 _POLL_S = 0.05
-_TYPICAL_RATIO = {"float16": 0.9, "uint8": 0.4, "int8": 0.9, "logit8": 0.6, "float32": 0.5, "int32": 5.0}
+_TYPICAL_RATIO = {"float16": 0.9, "uint8": 0.4, "int8": 0.9, "logits": 0.7, "logit8": 0.6, "sparse": 0.3}
+_TYPICAL_ROWS = 0.15
+"""How many rows of a ragged array are used."""
 
 
 def estimate_bytes(spec: CacheSpec, sample_shapes: Mapping[str, tuple[int, ...]], n: int) -> int:
     """Return the bytes that a cache of ``n`` samples will take: an estimate on the safe side for typical maps.
 
-    ReLU'd sparse maps take less (docs/design/0002-cache.md has measured ratios).
+    ReLU'd sparse maps take less (docs/design/0004-encodings.md has measured sizes).
     """
     per_sample = 0.0
-    for array in all_arrays(spec, sample_shapes):
-        logits = array.name in spec.signals and spec.signals[array.name].encoding == "logit8"
-        per_sample += array.nbytes * _TYPICAL_RATIO["logit8" if logits else array.dtype] + 16
+    for signal, stored in spec.signals.items():
+        for array in arrays_for(signal, stored, sample_shapes.get(signal, ())):
+            main = array.name == signal
+            ratio = _TYPICAL_RATIO.get(stored.encoding, 0.5) if main else 0.9
+            rows = _TYPICAL_ROWS if array.shape and array.shape[0] == stored.capacity else 1.0
+            per_sample += array.nbytes * ratio * rows + 16
     return math.ceil(per_sample * n)
 
 
@@ -246,10 +252,10 @@ class CacheWriter:
                 f"sample '{token}' has no {signal}, only {', '.join(sorted(sample)) or 'nothing'}. Remove "
                 f"signals.{signal} from the cache spec, or use a teacher that writes it."
             )
-        shape = self.header.sample_shapes.get(signal)
-        if not isinstance(value, Boxes) and tuple(value.shape) != shape:
+        shape, found = self.header.sample_shapes.get(signal), shape_of(value)
+        if found is not None and found != shape:
             raise CacheError(
-                f"{signal} of sample '{token}' is {list(value.shape)}, the cache was begun with {list(shape or ())}. "
+                f"{signal} of sample '{token}' is {list(found)}, the cache was begun with {list(shape or ())}. "
                 "Write to a new folder if the teacher was changed."
             )
         if isinstance(value, Boxes) and len(value):
@@ -312,14 +318,8 @@ class CacheWriter:
 
 
 def _with_shapes(header: Header, sample_shapes: Mapping[str, tuple[int, ...]]) -> Header:
-    maps = {signal for signal in header.spec.signals if signal != "boxes"}
-    if missing := sorted(maps - set(sample_shapes)):
-        raise CacheSpecError(
-            f"spec '{header.spec.name}' stores {', '.join(missing)}, but teacher '{header.teacher.name}' writes only "
-            f"{', '.join(sorted(sample_shapes)) or 'boxes'}. Remove signals.{missing[0]} from the spec, or use a "
-            "teacher that writes it."
-        )
-    data = header.model_dump(mode="json") | {"sample_shapes": {name: list(sample_shapes[name]) for name in maps}}
+    shapes = sample_shapes_of(header.spec, sample_shapes, header.teacher.name)
+    data = header.model_dump(mode="json") | {"sample_shapes": {name: list(shape) for name, shape in shapes.items()}}
     try:
         return parse(Header, data, "the header of the cache")
     except ConfigError as error:

@@ -8,26 +8,11 @@ from typing import Literal, Protocol
 from jaxtyping import Float
 from torch import Tensor
 
-from bevkd.config import StrictModel
+from bevkd.data.identity import DatasetIdentity
 from bevkd.data.images import ImageView
 from bevkd.types import Boxes, Frame
 
 Sensor = Literal["lidar", "camera", "radar"]
-
-
-class DatasetIdentity(StrictModel):
-    """Which frames these are; stands in every cache manifest.
-
-    Attributes:
-        split, frames: what was asked of it, and how many frames that is.
-        annotation_digest: SHA-256 over all annotations of the version, so that a re-labelled data set is noticed.
-    """
-
-    name: str
-    version: str
-    split: str
-    frames: int
-    annotation_digest: str
 
 
 class FrameSource(Protocol):

@@ -23,7 +23,7 @@ from bevkd.cache.reader import CacheReader
 from bevkd.cache.shard import read_index, shard_name
 from bevkd.cache.spec import CacheSpec
 from bevkd.cache.writer import CacheWriter
-from bevkd.data.source import DatasetIdentity
+from bevkd.data.identity import DatasetIdentity
 from bevkd.grid import BEVGrid
 
 SAMPLES, BLOCK, ROUNDS = 32, 16, 8

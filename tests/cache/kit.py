@@ -16,7 +16,7 @@ from bevkd.cache.manifest import Header, Manifest, TeacherIdentity
 from bevkd.cache.reader import CacheReader
 from bevkd.cache.spec import CacheSpec
 from bevkd.cache.writer import CacheWriter
-from bevkd.data.source import DatasetIdentity
+from bevkd.data.identity import DatasetIdentity
 from bevkd.grid import BEVGrid
 from bevkd.types import Boxes
 

@@ -174,7 +174,7 @@ def test_a_foreign_zarr_group_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_map_that_the_teacher_does_not_write_is_refused_before_work(tmp_path: Path) -> None:
-    with pytest.raises(CacheSpecError, match=r"stores bev_low, but teacher 'formula' writes only heatmap"):
+    with pytest.raises(CacheSpecError, match=r"which writes the maps heatmap: signals.bev_low needs bev_low"):
         CacheWriter.open(
             tmp_path, kit.header(signals={"bev_low": {"encoding": "uint8"}}), {"heatmap": kit.SHAPES["heatmap"]}
         )
