@@ -12,11 +12,14 @@ import yaml
 
 from bevkd import registry
 from bevkd.cache.reader import CacheReader
+from bevkd.cache.store import open_store
 from bevkd.config import PluginConfig, StrictModel, read_yaml
+from bevkd.data.sampler import BlockShuffle
 from bevkd.data.source import FrameSource, Sensor
 from bevkd.errors import ConfigError, ContractError, DataError, TrainingError, report
 from bevkd.progress import Progress
 from bevkd.training.checkpoint import write_atomic
+from pipeline.recipe import LocalCopyConfig
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -60,9 +63,39 @@ def check_files(source: FrameSource, tokens: Sequence[str], sensors: frozenset[S
         raise report(DataError, f"{len(faults)} sensor file(s) cannot be used. {advice}", shown)
 
 
-def open_caches(uris: Mapping[str, str]) -> dict[str, CacheReader]:
-    """Return a reader for each cache, by name."""
-    return {name: CacheReader.open(uri) for name, uri in uris.items()}
+def open_caches(uris: Mapping[str, str], local_copy: LocalCopyConfig) -> dict[str, CacheReader]:
+    """Return a reader for each cache, by name; blocks of remote ones are copied to this machine as they are read."""
+    copies = None
+    if any(open_store(uri).remote for uri in uris.values()):
+        from bevkd.cache.local_copy import LocalCopies, default_folder
+
+        copies = LocalCopies(local_copy.folder or default_folder(), int(local_copy.max_gb * 1e9))
+    return {name: CacheReader.open(uri, copies) for name, uri in uris.items()}
+
+
+def block_shuffle(caches: Mapping[str, tuple[CacheReader, tuple[str, ...]]], max_gb: float) -> BlockShuffle | None:
+    """Return how to shuffle frames, None if everything that a run reads of remote caches fits into its local copy.
+
+    Args:
+        caches: reader and the signals to read, by cache name.
+
+    Raises:
+        ContractError: the local copy is too small to shuffle at all.
+    """
+    remote = [(reader, reader.read_bytes(signals)) for reader, signals in caches.values() if reader.store.remote]
+    total = sum(size for _, size in remote)
+    if total <= max_gb * 1e9:
+        return None
+    largest = max(remote, key=lambda pair: pair[1])[0]
+    per_block = total / largest.manifest.blocks
+    window = int(max_gb * 1e9 / 2 / per_block)  # half of it is for the window that comes next
+    if window < 2:
+        raise ContractError(
+            f"distill.local_copy.max_gb is {max_gb:g}, but four blocks take {4 * per_block / 1e9:.2g} GB: "
+            "frames could not be shuffled. Raise it, or copy the caches to a disk with 'bevkd cache copy'."
+        )
+    size = largest.manifest.spec.block
+    return BlockShuffle({token: index // size for index, token in enumerate(largest.tokens)}, window)
 
 
 def is_main_process() -> bool:
@@ -80,6 +113,7 @@ _MAY_DIFFER = frozenset(
         "training.workers",
         "training.checkpoint_every",
         "training.keep",
+        "distill.local_copy.folder",
     }
 )
 """What a resumed run may change: where things are, and how they are loaded and kept."""

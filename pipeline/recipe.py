@@ -50,16 +50,31 @@ class TrainRecipe(StrictModel):
     device: str | None = None
 
 
+class LocalCopyConfig(StrictModel):
+    """Where whole blocks of remote caches are kept on this machine. Caches on disk are read where they are.
+
+    Attributes:
+        folder: None takes ``$BEVKD_LOCAL_COPY``, or bevkd's folder in the user's cache folder.
+        max_gb: most that it may hold, for all runs that share it. If the arrays that a run reads are larger, its frames
+            are shuffled block by block, so that each block is fetched once per epoch.
+    """
+
+    folder: Path | None = None
+    max_gb: float = Field(100.0, gt=0)
+
+
 class DistillConfig(StrictModel):
     """Where the teachers' knowledge comes from, and how it is used.
 
     Attributes:
         caches: URI of each cache, by the name that losses call it.
+        local_copy: for caches in object stores.
         losses: plug-ins of ``bevkd.distill``.
         frames: ``all`` trains on every frame of ``data``, labelled or not; ``labelled`` on labelled ones only.
     """
 
     caches: dict[str, str]
+    local_copy: LocalCopyConfig = LocalCopyConfig()
     losses: tuple[plugin("bevkd.distill"), ...] = ()  # type: ignore[valid-type]
     frames: Literal["all", "labelled"] = "all"
 
@@ -86,14 +101,17 @@ class CacheRecipe(StrictModel):
     Attributes:
         teacher: a plug-in of ``bevkd.teachers``.
         spec: name of a file in ``cache_specs/`` or the path of one.
+        batch_size: frames that the teacher sees at once; a batch never spans two blocks.
+        loaders: processes that load frames ahead of one teacher, at most one per core; 0 loads between its batches.
         licence: what users of the cache must know, e.g. the licence of data and weights.
+        device: e.g. ``cpu`` or ``cuda``; None takes a GPU if there is one.
     """
 
     data: Source  # type: ignore[valid-type]
     teacher: plugin("bevkd.teachers")  # type: ignore[valid-type]
     spec: str
     batch_size: int = Field(1, gt=0)
-    workers: int = Field(2, ge=0)
+    loaders: int = Field(2, ge=0)
     licence: str = ""
     device: str | None = None
 

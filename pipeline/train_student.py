@@ -12,7 +12,7 @@ from bevkd.distill.base import DistillContext
 from bevkd.errors import ConfigError
 from bevkd.models.detector import Detector
 from bevkd.progress import Progress
-from pipeline.parts import contract, open_caches, open_source
+from pipeline.parts import block_shuffle, contract, open_caches, open_source
 from pipeline.recipe import DistillConfig, StudentRecipe
 from pipeline.training import PLAIN, Distillation, RunSummary, seeded_detector, train
 
@@ -23,7 +23,7 @@ def train_student(recipe: StudentRecipe, run: Path, resume: bool, progress: Prog
     Raises:
         ContractError: caches, data set, model and losses do not fit together; lists every fault.
     """
-    readers = open_caches(recipe.distill.caches) if recipe.distill else {}
+    readers = open_caches(recipe.distill.caches, recipe.distill.local_copy) if recipe.distill else {}
     source = open_source(recipe.data, recipe.detector.sensors, progress)
     detector = seeded_detector(recipe)
     if recipe.distill:
@@ -76,7 +76,8 @@ def _build(distill: DistillConfig, detector: Detector, readers: Mapping[str, Cac
         built = registry.load("bevkd.distill", loss.name).build(loss, DistillContext(detector, shapes))
         losses.append((loss.name, loss.teacher, built))
     caches = {cache: (readers[cache], signals) for cache, signals in _signals(distill).items()}
-    return Distillation(caches, losses, unlabelled=distill.frames == "all")
+    shuffle = block_shuffle(caches, distill.local_copy.max_gb)
+    return Distillation(caches, losses, distill.frames == "all", shuffle)
 
 
 def with_caches(recipe: StudentRecipe, caches: Mapping[str, str]) -> StudentRecipe:

@@ -13,7 +13,7 @@ import torch
 from bevkd.cache.reader import CacheReader
 from bevkd.config import digest
 from bevkd.data.join import TrainingDataset
-from bevkd.data.sampler import FrameOrder
+from bevkd.data.sampler import BlockShuffle, FrameOrder
 from bevkd.data.source import FrameSource
 from bevkd.distill.base import DistillLoss
 from bevkd.errors import ContractError
@@ -51,11 +51,19 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class Distillation:
-    """What a distilled run adds: caches by name, and losses as (label, cache, loss)."""
+    """What a distilled run adds.
+
+    Attributes:
+        caches: reader and the signals that are read, by cache name.
+        losses: label, cache and loss.
+        unlabelled: train on frames without labels too.
+        shuffle: None shuffles all frames alike.
+    """
 
     caches: Mapping[str, tuple[CacheReader, tuple[str, ...]]]
     losses: list[tuple[str, str, DistillLoss]]
     unlabelled: bool
+    shuffle: BlockShuffle | None = None
 
 
 PLAIN = Distillation({}, [], unlabelled=False)
@@ -83,7 +91,7 @@ def train(
     dataset = TrainingDataset(
         source,
         view,
-        FrameOrder(labelled, unlabelled, recipe.training.labelled_share, recipe.training.seed),
+        FrameOrder(labelled, unlabelled, recipe.training.labelled_share, recipe.training.seed, distillation.shuffle),
         recipe.augment,
         distillation.caches,
         recipe.training.seed,
@@ -105,6 +113,9 @@ def train(
     step = trainer.resume()
     known = f"{len(labelled)} labelled" + (f" and {len(unlabelled)} unlabelled" if unlabelled else "")
     progress.note(f"{known} frames" + (f", resuming at step {step}" if step else ""))
+    if distillation.shuffle:
+        window = distillation.shuffle.window
+        progress.note(f"the caches exceed the local copy: frames are shuffled {window} blocks at a time")
     cost = trainer.train(dataset, progress)
 
     report = None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
+
+_KEPT = 4
+"""Permutations that an order keeps: of two streams, each around the end of an epoch."""
 
 
 def mix(*numbers: int) -> int:
@@ -15,9 +18,27 @@ def mix(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-@lru_cache(maxsize=8)
-def _permutation(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    return np.random.default_rng((seed, epoch)).permutation(count)
+@dataclass(frozen=True)
+class BlockShuffle:
+    """Shuffling for a remote cache that is larger than its local copy: few blocks are in use at any time.
+
+    Attributes:
+        blocks: block of each token in the cache.
+        window: blocks whose frames are shuffled together, before the next ones come.
+    """
+
+    blocks: Mapping[str, int]
+    window: int
+
+    def permutation(self, tokens: Sequence[str], seed: int, epoch: int) -> npt.NDArray[np.int64]:
+        """Return an order of ``tokens``, as indices: blocks in random order, frames in random order within a window."""
+        random = np.random.default_rng((seed, epoch))
+        block_of = np.array([self.blocks[token] for token in tokens])
+        order = random.permutation(np.unique(block_of))
+        window_of = np.empty(int(block_of.max()) + 1, np.int64)
+        window_of[order] = np.arange(len(order)) // self.window
+        shuffled: npt.NDArray[np.int64] = np.lexsort((random.random(len(tokens)), window_of[block_of]))
+        return shuffled
 
 
 class FrameOrder:
@@ -27,11 +48,19 @@ class FrameOrder:
         labelled, unlabelled: tokens of both kinds.
         labelled_share: share of positions that get a labelled frame, spread evenly; None shuffles all frames alike.
         seed: of the shuffles; every epoch over a stream is a new permutation.
+        shuffle: None shuffles all frames of an epoch alike.
     """
 
     def __init__(
-        self, labelled: Sequence[str], unlabelled: Sequence[str], labelled_share: float | None, seed: int
+        self,
+        labelled: Sequence[str],
+        unlabelled: Sequence[str],
+        labelled_share: float | None,
+        seed: int,
+        shuffle: BlockShuffle | None = None,
     ) -> None:
+        self._shuffle = shuffle
+        self._permutations: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
         self._streams = (tuple(labelled), tuple(unlabelled))
         self._share, self._seed = labelled_share, seed
         if labelled_share is None or not unlabelled or not labelled:
@@ -44,7 +73,20 @@ class FrameOrder:
         stream, index = (0, before) if after > before else (1, position - before)
         tokens = self._streams[stream]
         epoch, offset = divmod(index, len(tokens))
-        return tokens[int(_permutation(len(tokens), mix(self._seed, stream), epoch)[offset])]
+        return tokens[int(self._permutation(stream, epoch)[offset])]
+
+    def _permutation(self, stream: int, epoch: int) -> npt.NDArray[np.int64]:
+        found = self._permutations.get((stream, epoch))
+        if found is None:
+            tokens, seed = self._streams[stream], mix(self._seed, stream)
+            if self._shuffle is None:
+                found = np.random.default_rng((seed, epoch)).permutation(len(tokens))
+            else:
+                found = self._shuffle.permutation(tokens, seed, epoch)
+            if len(self._permutations) >= _KEPT:
+                self._permutations.pop(next(iter(self._permutations)))
+            self._permutations[stream, epoch] = found
+        return found
 
 
 class PositionSampler(Sampler[int]):

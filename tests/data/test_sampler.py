@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bevkd.data.sampler import FrameOrder, PositionSampler, mix
+from bevkd.data.sampler import BlockShuffle, FrameOrder, PositionSampler, mix
 
 LABELLED = tuple(f"l{i}" for i in range(7))
 UNLABELLED = tuple(f"u{i}" for i in range(31))
@@ -132,3 +133,30 @@ def test_different_numbers_mix_to_different_seeds(pairs: list[tuple[int, int]]) 
 
 def test_mixing_is_the_same_on_every_machine() -> None:
     assert mix(0, 1) == 2_918_264_622_725_855_778
+
+
+TOKENS = tuple(f"token-{index:03d}" for index in range(97))
+BLOCKS = BlockShuffle({token: index // 8 for index, token in enumerate(TOKENS)}, window=3)
+
+
+def test_a_block_shuffle_gives_every_frame_once_per_epoch_in_another_order() -> None:
+    order = first(FrameOrder(TOKENS, (), None, 0, BLOCKS), 2 * len(TOKENS))
+    once, again = order[: len(TOKENS)], order[len(TOKENS) :]
+    assert set(once) == set(again) == set(TOKENS)
+    assert once != again
+    assert once != first(FrameOrder(TOKENS, (), None, 1, BLOCKS), len(TOKENS))
+    assert once == first(FrameOrder(TOKENS, (), None, 0, BLOCKS), len(TOKENS))
+
+
+def test_a_block_shuffle_needs_no_more_blocks_at_a_time_than_its_window() -> None:
+    order = first(FrameOrder(TOKENS, (), None, 0, BLOCKS), len(TOKENS))
+    blocks = [BLOCKS.blocks[token] for token in order]
+    lives = [(blocks.index(block), len(blocks) - blocks[::-1].index(block)) for block in set(blocks)]
+    for position in range(len(order)):
+        assert sum(start <= position < stop for start, stop in lives) <= BLOCKS.window
+
+
+def test_a_block_shuffle_mixes_the_blocks_of_a_window() -> None:
+    order = first(FrameOrder(TOKENS, (), None, 0, BLOCKS), 24)
+    changes = sum(BLOCKS.blocks[one] != BLOCKS.blocks[other] for one, other in pairwise(order))
+    assert changes > 10

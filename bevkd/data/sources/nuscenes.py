@@ -16,8 +16,8 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor
 
 from bevkd.config import PluginConfig
-from bevkd.data.images import ImageView, read_image
 from bevkd.data.identity import DatasetIdentity
+from bevkd.data.images import ImageView, read_image
 from bevkd.data.source import Sensor
 from bevkd.data.sources._nuscenes_build import transforms
 from bevkd.data.sources._nuscenes_files import file_faults, read_lidar, read_radar
