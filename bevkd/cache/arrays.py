@@ -29,11 +29,12 @@ INSTANCE_ROW = ("camera", "left", "top", "right", "bottom", "score", "label")
 
 _TYPES = {
     "float16": "float16",
+    "sparse": "float16",
+    "root8": "int8",
     "uint8": "uint8",
     "int8": "int8",
-    "logit8": "uint8",
     "logits": "uint8",
-    "sparse": "int8",
+    "logit8": "uint8",
 }
 
 
@@ -96,7 +97,8 @@ def sample_shapes_of(
     Raises:
         CacheSpecError: the teacher does not write a map that ``spec`` stores or takes points from.
     """
-    shapes, faults = {}, []
+    shapes: dict[str, tuple[int, ...]] = {}
+    faults = []
     for signal, stored in spec.signals.items():
         needed = [POINTS.get(signal, signal)] if signal in (*MAPS, *POINTS) else []
         absent = [
@@ -111,8 +113,8 @@ def sample_shapes_of(
     if faults:
         raise CacheSpecError(
             f"spec '{spec.name}' does not fit teacher '{teacher}', which writes the maps "
-            f"{', '.join(sorted(written)) or '(none)'}: {'; '.join(faults)}. Remove these signals from the spec, or use "
-            "a teacher that writes them."
+            f"{', '.join(sorted(written)) or '(none)'}: {'; '.join(faults)}. Remove these signals from the spec, or "
+            "use a teacher that writes them."
         )
     return shapes
 
@@ -122,20 +124,22 @@ def _map(signal: str, spec: SignalSpec, shape: tuple[int, ...]) -> tuple[ArraySp
     main = ArraySpec(signal, shape, _TYPES[spec.encoding], dims, _meaning(signal, spec))
     if spec.encoding in ("float16", "logit8"):
         return (main,)
-    scale = ArraySpec(f"{signal}_scale", shape[:-2], "float32", dims[:-2], f"value of one level of {signal}")
-    if spec.encoding == "logits":
-        offset = ArraySpec(f"{signal}_offset", shape[:-2], "float32", dims[:-2], f"value of level 0 of {signal}")
-        return (main, offset, scale)
     if spec.encoding == "sparse":
         bits = (shape[-2], math.ceil(shape[-1] / 8))
         meaning = f"bit x of row y, highest bit first: {signal} is known at cell (y, x); elsewhere it is stored as 0"
-        return (main, ArraySpec(f"{signal}_known", bits, "uint8", ("y", "x_by_8"), meaning), scale)
+        return (main, ArraySpec(f"{signal}_known", bits, "uint8", ("y", "x_by_8"), meaning))
+    scale = ArraySpec(f"{signal}_scale", shape[:-2], "float32", dims[:-2], f"value of level 1 of {signal}")
+    if spec.encoding == "logits":
+        offset = ArraySpec(f"{signal}_offset", shape[:-2], "float32", dims[:-2], f"value of level 0 of {signal}")
+        return (main, offset, scale)
     return (main, scale)
 
 
 def _meaning(signal: str, spec: SignalSpec) -> str:
-    if spec.encoding == "float16":
+    if spec.encoding in ("float16", "sparse"):
         return f"{signal} as it is"
+    if spec.encoding == "root8":
+        return f"{signal} * abs({signal}) * {signal}_scale[..., None, None], in floating point"
     if spec.encoding == "logit8":
         return f"level 0: logit {-LOGIT_LIMIT}; level k: logit {LOGIT_FLOOR!r} + (k - 1) * {LOGIT_STEP!r}"
     if spec.encoding == "logits":
@@ -160,7 +164,7 @@ def _points(signal: str, spec: SignalSpec, shape: tuple[int, ...]) -> tuple[Arra
     fields = f"fields: {', '.join(POINT_BOX_ROW)}; m, rad; {rows}"
     dims = ("box", "point", "channel")
     scaled = spec.encoding != "float16"
-    meaning = f"{signal} * {signal}_scale[:, None, None]" if scaled else f"{signal} as it is"
+    meaning = f"{signal} * abs({signal}) * {signal}_scale[..., None]" if scaled else f"{signal} as it is"
     arrays = [
         ArraySpec(signal, (spec.capacity, *shape), _TYPES[spec.encoding], dims, f"{meaning}; {rows}"),
         ArraySpec(f"{signal}_boxes", (spec.capacity, len(POINT_BOX_ROW)), "float32", ("box", "field"), fields),
@@ -168,7 +172,9 @@ def _points(signal: str, spec: SignalSpec, shape: tuple[int, ...]) -> tuple[Arra
     ]
     if scaled:
         arrays.append(
-            ArraySpec(f"{signal}_scale", (spec.capacity,), "float32", ("box",), f"value of one level of {signal}")
+            ArraySpec(
+                f"{signal}_scale", (spec.capacity, shape[0]), "float32", dims[:2], f"value of level 1 of {signal}"
+            )
         )
     return tuple(arrays)
 

@@ -15,25 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bevkd.cache import ragged
-from bevkd.cache.arrays import LOGIT_FLOOR, LOGIT_LIMIT, LOGIT_STEP, ArraySpec, all_arrays, arrays_for
+from bevkd.cache.arrays import LOGIT_FLOOR, LOGIT_LIMIT, LOGIT_STEP
 from bevkd.cache.quantise import Array, Encoded, Quantised, quantise
 from bevkd.cache.spec import SignalSpec
 from bevkd.errors import CacheError
 from bevkd.signals import POINTS
 from bevkd.types import Boxes, BoxPoints, Instances, SparseMap
 
-__all__ = [
-    "Array",
-    "ArraySpec",
-    "Decoded",
-    "Encoded",
-    "Value",
-    "all_arrays",
-    "arrays_for",
-    "decode",
-    "encode",
-    "shape_of",
-]
+__all__ = ["Array", "Decoded", "Encoded", "Value", "decode", "encode", "shape_of"]
 
 Value = Tensor | Array | Boxes | SparseMap | BoxPoints | Instances
 """A signal of one sample: a map (torch or numpy), or what else a signal is."""
@@ -95,15 +84,16 @@ def decode(signal: str, spec: SignalSpec, stored: Mapping[str, Tensor]) -> Decod
         return ragged.decode_points(signal, stored)
     if spec.encoding == "float16":
         return values.float()
+    if spec.encoding == "sparse":
+        return SparseMap(values.float(), ragged.unpack_bits(stored[f"{signal}_known"], values.shape[-1]))
     if spec.encoding == "logit8":
         levels = values.float()
         return torch.where(levels == 0, -LOGIT_LIMIT, (levels - 1) * LOGIT_STEP + LOGIT_FLOOR)
-    restored = values.float().mul_(stored[f"{signal}_scale"][..., None, None])
-    if spec.encoding == "logits":
-        return restored.add_(stored[f"{signal}_offset"][..., None, None])
-    if spec.encoding == "sparse":
-        return SparseMap(restored, ragged.unpack_bits(stored[f"{signal}_known"], values.shape[-1]))
-    return restored
+    levels = values.float()
+    if spec.encoding == "root8":
+        levels.mul_(levels.abs())
+    restored = levels.mul_(stored[f"{signal}_scale"][..., None, None])
+    return restored.add_(stored[f"{signal}_offset"][..., None, None]) if spec.encoding == "logits" else restored
 
 
 def _check_kind(signal: str, spec: SignalSpec, value: Value, token: str) -> None:
@@ -123,9 +113,8 @@ def _advice(signal: str, spec: SignalSpec) -> str:
         return f"Raise {where}.resolution or {where}.max_error."
     if spec.encoding == "float16":
         return f"Raise {where}.max_error or rescale the teacher's output."
-    precise = f"lower {where}.precision, " if spec.precision > 0 else ""
-    advice = f"{precise}set {where}.encoding: float16, or raise {where}.max_error."
-    return advice[0].upper() + advice[1:]
+    finer = "root8" if spec.encoding in ("uint8", "int8") else "float16"
+    return f"Set {where}.encoding: {finer}, or raise {where}.max_error."
 
 
 def _float32(value: Tensor | Array) -> Array:
@@ -152,9 +141,9 @@ def _finite(signal: str, spec: SignalSpec, value: Tensor | Array, token: str) ->
 
 def _quantise_map(signal: str, spec: SignalSpec, exact: Array) -> tuple[Quantised, dict[str, Array]]:
     """Return the quantised channels of a map, and the arrays that hold it."""
-    found = quantise(spec.encoding, exact.reshape(-1, exact.shape[-2] * exact.shape[-1]), spec.precision)
+    found = quantise(spec.encoding, exact.reshape(-1, exact.shape[-2] * exact.shape[-1]), spec.levels)
     arrays = {signal: found.levels.reshape(exact.shape)}
-    if spec.encoding not in ("float16", "logit8"):
+    if spec.encoding not in ("float16", "logit8", "sparse"):
         arrays[f"{signal}_scale"] = found.scales.reshape(exact.shape[:-2])
     if spec.encoding == "logits":
         arrays[f"{signal}_offset"] = found.offsets.reshape(exact.shape[:-2])

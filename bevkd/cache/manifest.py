@@ -21,7 +21,6 @@ from bevkd.data.identity import DatasetIdentity
 from bevkd.errors import CacheError, ConfigError, report
 from bevkd.grid import BEVGrid
 from bevkd.signals import MAPS, POINTS
-from bevkd.signals import POINTS
 
 SCHEMA_VERSION: Literal[1] = 1
 FRAME: Literal["LIDAR frame, [C,Y,X]"] = "LIDAR frame, [C,Y,X]"
@@ -232,7 +231,9 @@ def read_json(store: Store, key: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CacheError(f"{place} is damaged: it is no JSON text of finite numbers. {RESTORE}.") from error
     if _CONTROL.search(text):
-        raise CacheError(f"{place} holds control characters, which could write to your terminal. Do not use this cache.")
+        raise CacheError(
+            f"{place} holds control characters, which could write to your terminal. Do not use this cache."
+        )
     if not isinstance(data, dict):
         raise CacheError(f"{place} is damaged: it holds no mapping. {RESTORE}.")
     return data
@@ -339,6 +340,17 @@ def _why_not_sealed(store: Store) -> str:
         f"cache {store.uri} is not sealed: {done} of {header.blocks} blocks are committed. Run cache-teacher with "
         "the same recipe again to finish it."
     )
+
+
+def refuse_foreign(store: Store) -> None:
+    """Refuse a place that holds something other than a cache or its beginning.
+
+    Raises:
+        CacheError: says so. OSError: the storage fails.
+    """
+    # The root is the first file of a cache: a writer that begins one meanwhile has written it when others are seen.
+    if not store.exists(ROOT) and not store.empty() and not store.exists(ROOT):
+        raise CacheError(f"{store.uri} is not empty and holds no cache. Give a new or an empty folder.")
 
 
 def check_same(place: str, existing: Header, wanted: Header) -> None:

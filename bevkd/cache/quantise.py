@@ -18,7 +18,7 @@ from bevkd.cache.arrays import LOGIT_CUT, LOGIT_FLOOR, LOGIT_LIMIT, LOGIT_STEP
 Array = npt.NDArray[Any]
 
 _TINY = float(np.finfo(np.float32).tiny)
-_DTYPES = {"float16": "f2", "int8": "i1", "sparse": "i1"}
+_DTYPES = {"float16": "f2", "sparse": "f2", "int8": "i1", "root8": "i1"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Quantised:
     """Rows as they are stored.
 
     Attributes:
-        levels: [R,M]; ``level * scale + offset`` restores a value, except of ``logit8``.
+        levels: [R,M]; what restores a value is said in ``bevkd.cache.arrays``.
         scales, offsets: [R] float32.
         error: relative L2 norm of the difference; of logits the largest difference of a probability.
         cosine: cosine similarity of input and stored values; 1 if both are all zero, 0 if one is.
@@ -62,19 +62,19 @@ class _Row:
     offset: float = 0.0
 
 
-def quantise(encoding: str, rows: Array, precision: float = 0.0) -> Quantised:
+def quantise(encoding: str, rows: Array, levels: int = 127) -> Quantised:
     """Return float32 ``rows`` [R,M] in ``encoding``, one after the other: a row fits the processor's cache.
 
     Args:
-        precision: see ``SignalSpec.precision``.
+        levels: see ``SignalSpec.levels``.
     """
-    levels = np.empty(rows.shape, _DTYPES.get(encoding, "u1"))
+    stored = np.empty(rows.shape, _DTYPES.get(encoding, "u1"))
     scales, offsets = np.ones(len(rows), np.float32), np.zeros(len(rows), np.float32)
     squares = np.zeros(4)  # summed: input^2, stored^2, difference^2, input * stored
     worst = 0.0
     for index, values in enumerate(rows):
-        row = _ENCODERS[encoding](values, precision)
-        levels[index], scales[index], offsets[index] = row.levels, row.scale, row.offset
+        row = _ENCODERS[encoding](values, levels)
+        stored[index], scales[index], offsets[index] = row.levels, row.scale, row.offset
         before, after = values.astype(np.float64), row.restored.astype(np.float64)
         if encoding in ("logit8", "logits"):
             worst = max(worst, _largest(_sigmoid(before / 2), _sigmoid(after / 2)) if encoding == "logits" else 0.0)
@@ -87,7 +87,7 @@ def quantise(encoding: str, rows: Array, precision: float = 0.0) -> Quantised:
     norm = math.sqrt(input2) * math.sqrt(stored2)
     cosine = product / norm if norm > 0 else float(input2 == stored2)
     relative = math.sqrt(difference2 / input2) if input2 > 0 else 0.0
-    return Quantised(levels, scales, offsets, worst if encoding in ("logit8", "logits") else relative, cosine)
+    return Quantised(stored, scales, offsets, worst if encoding in ("logit8", "logits") else relative, cosine)
 
 
 def _largest(before: Array, after: Array) -> float:
@@ -99,39 +99,48 @@ def _sigmoid(logits: Array) -> Array:
     return probability
 
 
-def _float16(values: Array, precision: float) -> _Row:
-    del precision
+def _float16(values: Array, levels: int) -> _Row:
+    del levels
     with np.errstate(over="ignore"):  # overflow becomes an infinite error, which is refused
         stored = values.astype(np.float16)
     return _Row(stored, stored.astype(np.float32))
 
 
-def _scaled(levels: int) -> Callable[[Array, float], _Row]:
-    """Return the encoder to ``[-levels, levels]`` in which no value other than zero becomes zero.
+def _scaled(top: int) -> Callable[[Array, int], _Row]:
+    """Return the encoder to steps of one width up to level ``top``; no value other than zero becomes zero."""
 
-    Rounding to steps makes an error of ``step / sqrt(12)``, so the steps of a row are as wide as its root mean square
-    and the wanted precision allow. Few levels compress well.
-    """
-
-    def encode_row(values: Array, precision: float) -> _Row:
+    def encode_row(values: Array, levels: int) -> _Row:
+        del levels
         peak: float = np.abs(values).max(initial=0.0).item()
         if peak == 0:
             return _Row(values, values, 0.0)
-        step = peak / levels
-        if precision > 0:
-            step = max(step, min(precision * math.sqrt(12) * _rms(values), peak))
-        scale = np.float32(max(step, _TINY))
-        level = np.rint(values / scale)
-        lost = (level == 0) & (values != 0)
-        level[lost] = np.sign(values[lost])
+        scale = np.float32(max(peak / top, _TINY))
+        level = _lift(np.rint(values / scale), values)
         return _Row(level, level * scale, float(scale))
 
     return encode_row
 
 
-def _rms(values: Array) -> float:
-    """Return the root mean square of the values that are not zero."""
-    return math.sqrt(float(np.square(values, dtype=np.float64).sum()) / np.count_nonzero(values))
+def _root(values: Array, levels: int) -> _Row:
+    """Encode to ``level * abs(level) * scale``: steps are narrow where values are small.
+
+    Channels of a teacher have heavy tails. Steps of one width, set by the peak, are too wide for most of their values;
+    and compressed by zstd they take more bytes for the same error.
+    """
+    size = np.abs(values)
+    peak: float = size.max(initial=0.0).item()
+    if peak == 0:
+        return _Row(values, values, 0.0)
+    scale = np.float32(max(peak / levels**2, _TINY))
+    level = _lift(np.copysign(np.rint(np.sqrt(size / scale)), values), values)
+    return _Row(level, level * np.abs(level) * scale, float(scale))
+
+
+def _lift(level: Array, values: Array) -> Array:
+    """Move values that rounding would turn into zero to the lowest level: a mask of empty cells stays exact."""
+    lost = (level == 0) & (values != 0)
+    level[lost] = np.sign(values[lost])
+    return level
 
 
 def _logits(values: Array, precision: float) -> _Row:
@@ -144,18 +153,19 @@ def _logits(values: Array, precision: float) -> _Row:
     return _Row(level, level * scale + offset, float(scale), float(offset))
 
 
-def _logit8(values: Array, precision: float) -> _Row:
-    del precision
+def _logit8(values: Array, levels: int) -> _Row:
+    del levels
     level = np.rint((np.minimum(values, np.float32(LOGIT_LIMIT)) - LOGIT_FLOOR) / LOGIT_STEP) + 1
     level[values < LOGIT_FLOOR] = 0
     return _Row(level, np.where(level == 0, np.float32(-LOGIT_LIMIT), (level - 1) * LOGIT_STEP + LOGIT_FLOOR))
 
 
-_ENCODERS: dict[str, Callable[[Array, float], _Row]] = {
+_ENCODERS: dict[str, Callable[[Array, int], _Row]] = {
     "float16": _float16,
     "uint8": _scaled(255),
     "int8": _scaled(127),
-    "sparse": _scaled(127),
+    "root8": _root,
+    "sparse": _float16,
     "logits": _logits,
     "logit8": _logit8,
 }

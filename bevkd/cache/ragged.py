@@ -5,7 +5,6 @@ Each is stored as ``capacity`` rows, the unused ones zero, which take next to no
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -43,7 +42,7 @@ def decode_boxes(signal: str, stored: Mapping[str, Tensor]) -> tuple[Boxes, ...]
 
 
 def encode_points(signal: str, spec: SignalSpec, values: Array, boxes: Array, token: str) -> Encoded:
-    """Return points as stored arrays, quantised with one scale per box.
+    """Return points as stored arrays; ``root8`` has one scale per point.
 
     Args:
         values: finite [n,9,C] float32.
@@ -59,14 +58,15 @@ def encode_points(signal: str, spec: SignalSpec, values: Array, boxes: Array, to
             "unused rows take next to no space."
         )
     _check_finite(signal, "box", boxes, np.isfinite(boxes), token)
-    found = quantise(spec.encoding, values.reshape(count, math.prod(values.shape[1:])), spec.precision)
+    points = values.shape[1]
+    found = quantise(spec.encoding, values.reshape(count * points, values.shape[2]), spec.levels)
     arrays = {
         signal: _padded(found.levels.reshape(values.shape), spec.capacity),
         f"{signal}_boxes": _padded(boxes, spec.capacity),
         f"{signal}_count": _count(values),
     }
     if spec.encoding != "float16":
-        arrays[f"{signal}_scale"] = _padded(found.scales, spec.capacity)
+        arrays[f"{signal}_scale"] = _padded(found.scales.reshape(count, points), spec.capacity)
     return Encoded(arrays, found.error, found.cosine)
 
 
@@ -77,7 +77,7 @@ def decode_points(signal: str, stored: Mapping[str, Tensor]) -> tuple[BoxPoints,
     for frame, count in enumerate(stored[f"{signal}_count"].tolist()):
         values = stored[signal][frame, :count].float()
         if scales is not None:
-            values = values * scales[frame, :count, None, None]
+            values.mul_(values.abs()).mul_(scales[frame, :count, :, None])
         decoded.append(BoxPoints(stored[f"{signal}_boxes"][frame, :count], values))
     return tuple(decoded)
 

@@ -12,13 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bevkd.cache import blocks, shard
-from bevkd.cache.encoding import Array, ArraySpec, arrays_for, decode
+from bevkd.cache.arrays import ArraySpec, arrays_for
+from bevkd.cache.encoding import Array, decode
 from bevkd.cache.manifest import MANIFEST, RESTORE, Manifest, open_manifest, record_key
 from bevkd.cache.store import Store, open_store
 from bevkd.data.identity import DatasetIdentity
 from bevkd.errors import CacheError
 from bevkd.grid import BEVGrid
-from bevkd.types import Boxes
+from bevkd.types import Boxes, BoxPoints, Instances, SparseMap
 
 if TYPE_CHECKING:
     from bevkd.cache.local_copy import LocalCopies
@@ -87,6 +88,11 @@ class CacheReader:
             )
         return tuple(array for signal in signals for array in self._arrays[signal])
 
+    def read_bytes(self, signals: Sequence[str]) -> int:
+        """Return the bytes of all shards that hold ``signals``."""
+        names = [array.name for array in self.arrays(signals)]
+        return sum(record.arrays[name].bytes for record in self.manifest.records for name in names)
+
     def read(self, token: str, signals: Sequence[str], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """Return the stored arrays of one sample, by array name, as ``decode`` takes them.
 
@@ -129,8 +135,8 @@ class CacheReader:
         assert isinstance(boxes, Boxes)  # the spec's validator sees to it
         return boxes
 
-    def signal(self, token: str, name: str) -> Float[Tensor, "..."] | Boxes:
-        """Return one decoded signal of one sample: a float32 map, or boxes."""
+    def signal(self, token: str, name: str) -> Float[Tensor, "..."] | Boxes | SparseMap | BoxPoints | Instances:
+        """Return one decoded signal of one sample: a float32 map, or what else the signal is."""
         stored = {key: array[None] for key, array in self.tensors(token, [name]).items()}
         return decode(name, self.manifest.spec.signals[name], stored)[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -33,7 +34,7 @@ def stored_signals(
     annotated = boxes[index] or Boxes.empty()
     sample: dict[str, Value] = {}
     for name, stored in spec.signals.items():
-        value = _written(signals, POINTS.get(name, name), name)[index]
+        value: Any = _written(signals, POINTS.get(name, name), name)[index]
         if name in POINTS:
             sample[name] = points_of(value, annotated, grid).to("cpu")
         elif stored.encoding == "sparse":
@@ -44,12 +45,13 @@ def stored_signals(
     return sample
 
 
-def _written(signals: Signals, source: str, name: str) -> Tensor | tuple[Boxes, ...]:
-    value: Tensor | tuple[Boxes, ...] | None = getattr(signals, source)
+def _written(signals: Signals, source: str, name: str) -> Any:
+    """Return what signal ``name`` is made from, of the whole batch."""
+    value = getattr(signals, source)
     if value is None:
         raise CacheSpecError(
-            f"the teacher wrote no {source}, which {name} is stored from. Remove signals.{name} from the cache spec, or "
-            "use a teacher that writes it."
+            f"the teacher wrote no {source}, which {name} is stored from. Remove signals.{name} from the cache spec, "
+            "or use a teacher that writes it."
         )
     return value
 

@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from numcodecs.zstd import Zstd
 
-from bevkd.cache.encoding import Array, ArraySpec
+from bevkd.cache.arrays import ArraySpec
 from bevkd.cache.manifest import ROOT, Header, to_json
+from bevkd.cache.quantise import Array
 from bevkd.cache.store import Checksum, FileRecord
 from bevkd.errors import CacheError
 

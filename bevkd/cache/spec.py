@@ -20,16 +20,16 @@ def _known(name: str) -> str:
 
 
 SignalName = Annotated[str, AfterValidator(_known)]
-Encoding = Literal["float16", "uint8", "int8", "logits", "logit8", "sparse", "boxes", "masks"]
+Encoding = Literal["float16", "root8", "uint8", "int8", "logits", "logit8", "sparse", "boxes", "masks"]
 
-_ENCODINGS: dict[str, tuple[str, ...]] = {
-    "bev_low": ("float16", "uint8", "int8"),
-    "bev_high": ("float16", "uint8", "int8"),
-    "heatmap": ("float16", "logits", "logit8", "int8", "uint8"),
-    "box_code": ("float16", "sparse", "int8", "uint8"),
+_ENCODINGS: dict[str, tuple[Encoding, ...]] = {
+    "bev_low": ("float16", "root8", "uint8", "int8"),
+    "bev_high": ("float16", "root8", "uint8", "int8"),
+    "heatmap": ("float16", "root8", "uint8", "int8", "logits", "logit8"),
+    "box_code": ("float16", "root8", "uint8", "int8", "sparse"),
     "boxes": ("boxes",),
-    "points_low": ("float16", "uint8", "int8"),
-    "points_high": ("float16", "uint8", "int8"),
+    "points_low": ("float16", "root8"),
+    "points_high": ("float16", "root8"),
     "instances": ("masks",),
 }
 """What can hold each signal."""
@@ -39,15 +39,15 @@ class SignalSpec(StrictModel):
     """How one signal is stored.
 
     Attributes:
-        encoding: ``float16`` keeps values as they are; ``uint8`` quantises non-negative and ``int8`` signed values,
-            with one scale per sample and channel of a map, or per box of points; ``logits`` quantises class logits;
-            ``sparse`` keeps box codes where objects are; ``boxes`` stores boxes; ``masks`` stores instances with bits.
-            ``logit8`` is the heatmap encoding of bevkd 0.1, which blurs what UniDistill reads: use ``logits``.
+        encoding: ``float16`` keeps values as they are. ``root8`` quantises maps and points to the root of their value,
+            with one scale per channel of a map or per point, and is right for nearly all. ``logits`` quantises class
+            logits evenly. ``sparse`` keeps box codes where objects are. ``boxes`` stores boxes, ``masks`` instances.
+            ``uint8`` and ``int8`` quantise maps evenly; ``logit8`` blurs small probabilities. These three are of the
+            first release and cost UniDistill most of its gradient: docs/design/0004-encodings.md.
         max_error: largest error a stored sample may have: the relative L2 norm of the difference; for logits the
-            largest difference of a probability, also that of half the logit; for ``masks`` 1 - IoU of the worst
-            instance at original resolution. A sample beyond it is refused, never stored silently.
-        precision: relative L2 error per channel that is good enough; the steps of ``uint8``, ``int8`` and ``sparse``
-            are made as wide, which compresses better. 0 uses all levels.
+            largest difference of a probability, also that of half the logit; for ``masks`` 1 - IoU of all masks
+            together at original resolution. A sample beyond it is refused, never stored silently.
+        levels: of ``root8`` on each side of zero; fewer take fewer bytes.
         threshold: ``sparse`` keeps the cells at which a class has at least this probability, and those around
             annotated boxes and around the teacher's boxes above this score.
         capacity: most boxes or instances per sample. Beyond it the highest scores are kept; of points, which have no
@@ -58,8 +58,8 @@ class SignalSpec(StrictModel):
 
     encoding: Encoding
     max_error: float = Field(default=0.02, gt=0, le=1)
-    precision: float = Field(default=0.0, ge=0, lt=1)
-    threshold: float = Field(default=0.1, gt=0, lt=1)
+    levels: int = Field(default=127, ge=1, le=127)
+    threshold: float = Field(default=0.3, gt=0, lt=1)
     capacity: int = Field(default=500, ge=1, le=10_000)
     min_score: float = Field(default=0.05, ge=0, le=1)
     resolution: int = Field(default=64, ge=8, le=512, multiple_of=8)
@@ -85,11 +85,6 @@ class CacheSpec(StrictModel):
                 *others, last = _ENCODINGS[signal]
                 wanted = f"{', '.join(others)} or {last}" if others else last
                 faults.append(f"signals.{signal}.encoding is '{stored.encoding}', set it to {wanted}")
-            if stored.precision >= stored.max_error:
-                faults.append(
-                    f"signals.{signal}.precision is {stored.precision:g}, not under max_error {stored.max_error:g}: "
-                    "lower it or raise max_error"
-                )
         if faults:
             raise ValueError("; ".join(faults))
         return self

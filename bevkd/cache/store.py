@@ -118,7 +118,7 @@ class Store(Protocol):
         ...
 
     def remove_folders(self, folders: tuple[str, ...]) -> None:
-        """Remove those of the folders that are empty, '' being the cache's own; a store without folders does nothing."""
+        """Remove those of the folders that are empty, '' being the cache's own."""
         ...
 
     def empty(self) -> bool:

@@ -17,6 +17,7 @@ from bevkd.cache.manifest import (
     Manifest,
     open_manifest,
     record_key,
+    refuse_foreign,
 )
 from bevkd.cache.store import FileRecord, Store, open_store
 from bevkd.errors import CacheError
@@ -65,8 +66,7 @@ def _already_there(goal: Store, sealed: Manifest) -> bool:
 
 
 def _begin(origin: Store, goal: Store, sealed: Manifest) -> None:
-    if not goal.exists(ROOT) and not goal.empty():
-        raise CacheError(f"{goal.uri} is not empty and holds no cache. Give a new or an empty folder.")
+    refuse_foreign(goal)
     goal.prepare(())
     root = origin.read(ROOT, MAX_JSON_BYTES)
     if not goal.create(ROOT, root) and goal.read(ROOT, MAX_JSON_BYTES) != root:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bevkd.cache import shard
-from bevkd.cache.encoding import ArraySpec
+from bevkd.cache.arrays import ArraySpec
 from bevkd.cache.manifest import BlockRecord, parse_json, read_json, record_key
 from bevkd.cache.reader import CacheReader
 from bevkd.errors import CacheError

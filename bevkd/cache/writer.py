@@ -25,7 +25,17 @@ from typing import NamedTuple, Self
 from bevkd.cache import manifest, shard
 from bevkd.cache.arrays import arrays_for, sample_shapes_of
 from bevkd.cache.encoding import Encoded, Value, encode, shape_of
-from bevkd.cache.manifest import COMMITS, MANIFEST, ROOT, BlockRecord, Header, Manifest, SignalStats, record_key
+from bevkd.cache.manifest import (
+    COMMITS,
+    MANIFEST,
+    ROOT,
+    BlockRecord,
+    Header,
+    Manifest,
+    SignalStats,
+    record_key,
+    refuse_foreign,
+)
 from bevkd.cache.spec import CacheSpec
 from bevkd.cache.store import FileRecord, Store, open_store
 from bevkd.config import parse
@@ -38,7 +48,7 @@ REMOTE_PATIENCE_S = 60.0
 """The same where publishing is an upload."""
 
 _POLL_S = 0.05
-_TYPICAL_RATIO = {"float16": 0.9, "uint8": 0.4, "int8": 0.9, "logits": 0.7, "logit8": 0.6, "sparse": 0.3}
+_TYPICAL_RATIO = {"float16": 0.9, "uint8": 0.4, "int8": 0.9, "logits": 0.7, "logit8": 0.6, "root8": 0.5, "sparse": 0.1}
 _TYPICAL_ROWS = 0.15
 """How many rows of a ragged array are used."""
 
@@ -88,8 +98,7 @@ class CacheWriter:
         store = open_store(uri)
         header = _with_shapes(header, sample_shapes)
         with _reporting(store):
-            if not store.exists(ROOT) and not store.empty():
-                raise CacheError(f"{store.uri} is not empty and holds no cache. Give a new or an empty folder.")
+            refuse_foreign(store)
             store.prepare(())
             if not store.create(ROOT, manifest.to_json(shard.group_metadata(header))):
                 existing = manifest.read_header(store)

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from bevkd.cache import encoding
-from bevkd.cache.encoding import Encoded, arrays_for, decode, encode
+from bevkd.cache import arrays
+from bevkd.cache.arrays import arrays_for
+from bevkd.cache.encoding import Encoded, decode, encode
 from bevkd.cache.spec import SignalSpec
 from bevkd.errors import CacheError
 from bevkd.types import Boxes
@@ -81,15 +82,15 @@ def test_logit8_keeps_probabilities_within_one_percent(value: Any) -> None:
     restored = decoded("heatmap", spec, encode("heatmap", spec, value, "t"))
     before = torch.from_numpy(value)
     assert (restored.sigmoid() - before.sigmoid()).abs().max() <= 0.0103
-    seen = (before.sigmoid() >= 0.001) & (before <= encoding.LOGIT_LIMIT)
-    assert ((restored - before).abs()[seen] <= encoding.LOGIT_STEP * 0.5001).all()
+    seen = (before.sigmoid() >= 0.001) & (before <= arrays.LOGIT_LIMIT)
+    assert ((restored - before).abs()[seen] <= arrays.LOGIT_STEP * 0.5001).all()
 
 
 @quick
 @given(maps(-40, 40))
 def test_logit8_floors_exactly_the_probabilities_under_a_thousandth(value: Any) -> None:
     stored = encode("heatmap", SignalSpec(encoding="logit8"), value, "t").arrays["heatmap"]
-    assert np.array_equal(stored == 0, value.astype(np.float64) < encoding.LOGIT_FLOOR)
+    assert np.array_equal(stored == 0, value.astype(np.float64) < arrays.LOGIT_FLOOR)
 
 
 @quick

@@ -48,15 +48,16 @@ def start(context: ForkServerContext, target: Callable[..., object], *arguments:
     return process
 
 
+@pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_writer_killed_at_random_moments_leaves_what_a_rerun_completes(
-    tmp_path: Path, context: ForkServerContext, whole: dict[str, bytes]
+    tmp_path: Path, context: ForkServerContext, whole: dict[str, bytes], kills: int
 ) -> None:
     begin = time.monotonic()
     process = start(context, kit.write, tmp_path / "timing", HEADER)
     process.join()
     duration = time.monotonic() - begin
     chance, interrupted = random.Random(5), 0
-    for turn in range(60):
+    for turn in range(6 * kills):
         folder = tmp_path / str(turn)
         process = start(context, kit.write, folder, HEADER)
         time.sleep(chance.uniform(0, duration))
@@ -65,9 +66,9 @@ def test_a_writer_killed_at_random_moments_leaves_what_a_rerun_completes(
         interrupted += process.exitcode == -signal.SIGKILL and folder.exists() and not (folder / MANIFEST).exists()
         kit.write(folder, HEADER)
         assert kit.tree(folder) == whole
-        if interrupted == 10:
+        if interrupted == kills:
             break
-    assert interrupted == 10
+    assert interrupted == kills
 
 
 @pytest.mark.parametrize("call", ["link", "fsync", "unlink", "replace", "mkdir"])
@@ -107,14 +108,17 @@ def test_a_rerun_that_dies_while_it_cleans_up_leaves_what_another_rerun_complete
         assert kit.tree(folder) == whole
 
 
+@pytest.mark.parametrize("rounds", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("orders", [(1, -1), (1, 1, -1)])
 def test_writers_at_the_same_time_write_the_same_cache(
-    tmp_path: Path, context: ForkServerContext, whole: dict[str, bytes]
+    tmp_path: Path, context: ForkServerContext, whole: dict[str, bytes], orders: tuple[int, ...], rounds: int
 ) -> None:
-    folder = tmp_path / "cache"
-    processes = [start(context, kit.write, folder, HEADER, order) for order in (1, 1, -1)]
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0]
-    kit.write(folder, HEADER)
-    assert kit.tree(folder) == whole
-    assert verify(folder, deep=True) == []
+    for turn in range(rounds):
+        folder = tmp_path / str(turn)
+        processes = [start(context, kit.write, folder, HEADER, order) for order in orders]
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [0] * len(orders)
+        kit.write(folder, HEADER)
+        assert kit.tree(folder) == whole
+        assert verify(folder, deep=True) == []
