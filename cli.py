@@ -33,6 +33,8 @@ app = typer.Typer(
 )
 cache_app = typer.Typer(no_args_is_help=True, help="List, check, compare, copy, draw and remove caches.")
 app.add_typer(cache_app, name="cache")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure on this machine what documentation claims.")
+app.add_typer(bench_app, name="bench")
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a value of the recipe.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else.")]
@@ -178,9 +180,7 @@ def cache_teacher(
     scheduler: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Spread them over the workers of a dask scheduler.")
     ] = None,
-    space_check: Annotated[
-        bool, typer.Option("--no-space-check", help="Begin even if the disk looks too small.")
-    ] = True,
+    space_check: Annotated[bool, typer.Option(help="Refuse to begin what does not seem to fit on the disk.")] = True,
     as_json: Json = False,
 ) -> None:
     """Run a teacher once and store what it knows; run again to finish an interrupted cache."""
@@ -446,6 +446,35 @@ def cache_verify(
     _out.print(f"{uri} is whole", highlight=False, soft_wrap=True)
 
 
+@cache_app.command("fidelity")
+def cache_fidelity(
+    recipe: Recipe,
+    student: Annotated[str, typer.Option(help="Recipe of a student, for its model and its distillation losses.")],
+    frames: Annotated[int, typer.Option(min=1, help="How many frames to look at.")] = 4,
+    outputs: Annotated[
+        bool, typer.Option("--outputs", help="Gradients of the student's outputs, not parameters: faster, stricter.")
+    ] = False,
+    overrides: Set = None,
+    student_overrides: Annotated[
+        list[str] | None, typer.Option("--student-set", metavar="A.B=C", help="Change a value of the student's recipe.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what encodings cost in bytes and in gradient, on a few frames; trains nothing, writes nothing.
+
+    RECIPE is that of a cache: its data, teacher and spec.
+    """
+    from pipeline.fidelity import fidelity, fidelity_table, signal_table
+    from pipeline.recipe import load_cache, load_student
+
+    cache, learner = load_cache(recipe, overrides or []), load_student(student, student_overrides or [])
+    report = fidelity(cache, learner, frames, outputs, _Bars(as_json))
+    if as_json:
+        _print_json(report.to_json())
+        return
+    _out.print(fidelity_table(report), signal_table(report))
+
+
 @cache_app.command("show")
 def cache_show(
     uri: Annotated[str, typer.Argument(metavar="URI")],
@@ -459,6 +488,35 @@ def cache_show(
 
     show(uri, token, score, out, overrides or [])
     _out.print(str(out), highlight=False, soft_wrap=True)
+
+
+@bench_app.command("store")
+def bench_store_command(
+    cache: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="Of a cache; by default a full-size teacher on a world.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for what is written and read; kept for the next run.")] = Path(
+        "bench"
+    ),
+    student: Annotated[str, typer.Option(help="Recipe of the student that gradients are of.")] = "nuscenes_student",
+    frames: Annotated[int, typer.Option(min=1, help="Frames for bytes and gradients.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of reading.")] = 15,
+    only: Annotated[list[str] | None, typer.Option(metavar="SECTION", help="Measure only this; repeatable.")] = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the cache: reading against its limit and other stores, bytes, gradients, stage 1, dask, S3, opening."""
+    from pipeline.bench.store import SECTIONS, BenchSettings, bench_store
+
+    sections = tuple(only or SECTIONS)
+    settings = BenchSettings(out, cache, student, overrides or [], frames, rounds, sections)
+    result = bench_store(settings, _Bars(as_json))
+    if as_json:
+        _print_json(result)
+        return
+    from pipeline.bench.store import result_tables
+
+    _out.print(*result_tables(result))
 
 
 @app.command()

@@ -35,7 +35,8 @@ class CacheReader:
 
     def __init__(self, store: Store, manifest: Manifest, copies: LocalCopies | None = None) -> None:
         self.store, self.manifest, self.copies = store, manifest, copies
-        self._shards: shard.ShardSource = copies.over(store, manifest) if copies and store.remote else store
+        self._local = copies.over(store, manifest) if copies and store.remote else None
+        self._shards: shard.ShardSource = self._local or store
         self._samples = {token: sample for sample, token in enumerate(manifest.tokens)}
         self._arrays = {
             signal: arrays_for(signal, spec, manifest.sample_shapes.get(signal, ()))
@@ -193,6 +194,17 @@ class CacheReader:
         return [f"cache {self.uri}: {fault}" for fault in faults]
 
     def _read_sample(self, array: ArraySpec, block: int, slot: int, buffer: Array) -> None:
+        try:
+            self._decompress(array, block, slot, buffer)
+        except CacheError:
+            if self._local is None:
+                raise
+            # The disk may have harmed the local copy: take a new one.
+            self._indices.pop((array.name, block), None)
+            self._local.drop(shard.shard_name(array, block))
+            self._decompress(array, block, slot, buffer)
+
+    def _decompress(self, array: ArraySpec, block: int, slot: int, buffer: Array) -> None:
         offset, size = self.check_index(array, block)[slot].tolist()
         key = shard.shard_name(array, block)
         try:

@@ -25,7 +25,7 @@ from typing import Any, Literal, Self
 
 from bevkd.errors import BevkdError
 
-FaultKind = Literal["slow_down", "error", "error_after", "close", "close_after", "stall", "truncate"]
+FaultKind = Literal["slow_down", "error", "error_after", "close", "close_after", "stall", "truncate", "answer"]
 FAULT_KINDS: tuple[FaultKind, ...] = (
     "slow_down",
     "error",
@@ -35,12 +35,10 @@ FAULT_KINDS: tuple[FaultKind, ...] = (
     "stall",
     "truncate",
 )
-"""503 SlowDown; 500; 500 although the request was served; connection closed before or after serving it; no answer for
-``stall_s``; half of the answer's body (of its headers, if it has no body)."""
+"""The faults of a healthy store under load: 503 SlowDown; 500; 500 although the request was served; connection closed
+before or after serving it; no answer for ``stall_s``; half of the answer. ``answer`` gives any other refusal."""
 
-_START_S = 60.0
-_SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-_INTERNAL = b"<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>"
+_ERRORS = {"slow_down": (503, "SlowDown"), "error": (500, "InternalError"), "error_after": (500, "InternalError")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +51,8 @@ class Fault:
         method: only requests of this method (``GET``) count and fail; '' means any.
         key: only requests whose path contains this text count and fail.
         stall_s: how long ``stall`` says nothing before it closes the connection.
+        status: HTTP status of ``answer``.
+        code: S3 error code of ``answer``.
     """
 
     kind: FaultKind
@@ -61,6 +61,8 @@ class Fault:
     method: str = ""
     key: str = ""
     stall_s: float = 30.0
+    status: int = 500
+    code: str = "InternalError"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,19 +229,18 @@ class _Front:
         return found[0], found[1], body
 
     def _fail(self, fault: Fault, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-        if fault.kind in ("slow_down", "error"):
+        code, name = _ERRORS.get(fault.kind, (fault.status, fault.code))
+        refusal = f"<Error><Code>{name}</Code><Message>Injected.</Message></Error>".encode()
+        if fault.kind in ("slow_down", "error", "answer"):
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        if fault.kind == "slow_down":
-            return _answer(start_response, 503, [], _SLOW_DOWN)
-        if fault.kind == "error":
-            return _answer(start_response, 500, [], _INTERNAL)
+            return _answer(start_response, code, [], refusal)
         if fault.kind == "stall":
             time.sleep(fault.stall_s)
         if fault.kind in ("stall", "close"):
             return _close(environ)
         status, headers, body = self._serve(environ)
         if fault.kind == "error_after":
-            return _answer(start_response, 500, [], _INTERNAL)
+            return _answer(start_response, code, [], refusal)
         if fault.kind == "truncate" and body:
             return _half(environ, start_response, status, headers, body)
         return _close(environ)

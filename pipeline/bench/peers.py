@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from numcodecs.zstd import Zstd
+from torch import Tensor
 
 from bevkd.cache.reader import CacheReader
 from bevkd.cache.shard import LEVEL, read_index, shard_name
 from bevkd.errors import BevkdError
+from bevkd.signals import MAPS
 
 Array = npt.NDArray[Any]
 Read = Callable[[int], object]
@@ -57,11 +59,12 @@ def write_copies(folder: Path) -> None:
         BevkdError: a peer's library is not installed.
     """
     reader = _reader(folder)
-    samples = [reader.read(token, tuple(reader.manifest.spec.signals)) for token in reader.tokens]
+    quantised = [reader.read(token, tuple(reader.manifest.spec.signals)) for token in reader.tokens]
+    plain = [_float16(reader, token) for token in reader.tokens]
     try:
         for name, write in _WRITE.items():
             (folder / _FOLDERS[name]).mkdir()
-            write(folder / _FOLDERS[name], samples)
+            write(folder / _FOLDERS[name], plain if name in COLD else quantised)
     except ImportError as error:
         raise BevkdError(f"{error.name} is not installed. Install the peers: pip install 'bevkd[bench]'.") from error
     os.sync()
@@ -83,6 +86,19 @@ def _buffers(reader: CacheReader) -> dict[str, Array]:
     return {
         array.name: np.empty(array.shape, array.dtype) for array in reader.arrays(tuple(reader.manifest.spec.signals))
     }
+
+
+def _float16(reader: CacheReader, token: str) -> dict[str, Array]:
+    """Return the arrays of a sample with float16 maps in place of quantised ones."""
+    plain: dict[str, Array] = {}
+    for signal in reader.manifest.spec.signals:
+        if signal in MAPS:
+            value = reader.signal(token, signal)
+            assert isinstance(value, Tensor)
+            plain[signal] = value.half().numpy()
+        else:
+            plain |= reader.read(token, [signal])
+    return plain
 
 
 def _limit(folder: Path) -> Read:
@@ -194,20 +210,9 @@ def _lmdb(folder: Path) -> Read:
     return read
 
 
-def _float16(sample: Mapping[str, Array]) -> dict[str, Array]:
-    """Return the arrays of a sample with float16 maps instead of quantised ones."""
-    plain = {name: array for name, array in sample.items() if not name.endswith("_scale")}
-    for name in plain:
-        scale = sample.get(f"{name}_scale")
-        if scale is not None:
-            plain[name] = (sample[name] * scale[:, None, None]).astype(np.float16)
-    return plain
-
-
 def _write_npy(folder: Path, samples: Sequence[Mapping[str, Array]]) -> None:
-    plain = [_float16(sample) for sample in samples]
-    for name in plain[0]:
-        np.save(folder / f"{name}.npy", np.stack([sample[name] for sample in plain]))
+    for name in samples[0]:
+        np.save(folder / f"{name}.npy", np.stack([sample[name] for sample in samples]))
 
 
 def _npy(folder: Path) -> Read:

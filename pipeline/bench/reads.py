@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from bevkd.cache.manifest import Header, TeacherIdentity
-from bevkd.cache.spec import load_spec
+from bevkd.cache.spec import CacheSpec, SignalSpec, load_spec
 from bevkd.cache.writer import CacheWriter
 from bevkd.data.identity import DatasetIdentity
 from bevkd.grid import BEVGrid
@@ -50,8 +50,9 @@ class Reading:
 
 
 def write_samples(folder: Path) -> None:
-    """Write a cache of the spec ``x3kd`` with full-size maps, and the same arrays in the format of each peer."""
-    spec = load_spec("x3kd").model_copy(update={"block": _BLOCK})
+    """Write a cache of all that X3KD reads, with full-size maps, and the same arrays in the format of each peer."""
+    signals = {**load_spec("x3kd").signals, "instances": SignalSpec(encoding="masks")}
+    spec = CacheSpec(name="x3kd", block=_BLOCK, signals=signals)
     header = Header(
         spec=spec,
         teacher=TeacherIdentity(name="bench", architecture={}, weights_sha256="0" * 64),
