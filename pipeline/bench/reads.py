@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from bevkd.cache.manifest import Header, TeacherIdentity
+from bevkd.cache.reader import CacheReader
 from bevkd.cache.spec import CacheSpec, SignalSpec, load_spec
 from bevkd.cache.writer import CacheWriter
 from bevkd.data.identity import DatasetIdentity
@@ -61,7 +62,8 @@ def write_samples(folder: Path) -> None:
         classes=CLASSES,
         tokens=tuple(f"sample-{index}" for index in range(SAMPLES)),
     )
-    writer = CacheWriter.open(folder / "cache", header, {name: (c, *GRID.shape) for name, c in CHANNELS.items()})
+    shapes: dict[str, tuple[int, ...]] = {name: (channels, *GRID.shape) for name, channels in CHANNELS.items()}
+    writer = CacheWriter.open(folder / "cache", header, {**shapes, "instances": ()})
     rng = np.random.default_rng(0)
     for block in writer.pending():
         writer.write_block(block, (_sample(rng) for _ in writer.header.block_tokens(block)))
@@ -125,15 +127,14 @@ Times = dict[str, tuple[float, float]]
 
 
 def _rounds(folder: Path, pages: str, rounds: int, reads: int, seed: int) -> list[Times]:
-    torch.set_num_threads(1)
-    rng = np.random.default_rng(seed)
+    rng, count = np.random.default_rng(seed), len(CacheReader.open(folder / "cache"))
     opened = {name: peers.open_peer(name, folder) for name in peers.names()}
     files = {name: peers.files_of(name, folder) for name in opened}
     for read in opened.values():
         read(0)
     times = []
     for _ in range(rounds):
-        samples = rng.integers(0, SAMPLES, reads).tolist()
+        samples = rng.integers(0, count, reads).tolist()
         round_times: Times = {}
         for name in rng.permutation(list(opened)).tolist():
             round_times[name] = _time(opened[name], samples, files[name] if pages == "cold" else [])
