@@ -92,7 +92,9 @@ class _Bar:
     def advance(self, steps: int = 1, **figures: float) -> None:
         """Count steps and show figures; see ``bevkd.progress.Task``."""
         text = "  ".join(
-            f"{name.replace('_', ' ')} {value:.0%}" if name == "data_wait" else f"{name.replace('_', ' ')} {value:.3g}"
+            f"{name.replace('_', ' ')} {value:.0%}"
+            if name.endswith("_wait")
+            else f"{name.replace('_', ' ')} {value:.3g}"
             for name, value in figures.items()
         )
         self._bars.update(self._id, advance=steps, speed=self._speed(), figures=text)
@@ -464,7 +466,8 @@ def cache_fidelity(
 
     RECIPE is that of a cache: its data, teacher and spec.
     """
-    from pipeline.fidelity import fidelity, fidelity_table, signal_table
+    from pipeline.fidelity import fidelity
+    from pipeline.fidelity_report import fidelity_table, signal_table
     from pipeline.recipe import load_cache, load_student
 
     cache, learner = load_cache(recipe, overrides or []), load_student(student, student_overrides or [])

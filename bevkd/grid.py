@@ -43,7 +43,7 @@ class BEVGrid(BaseModel):
         for name, (low, high) in (("x_m", self.x_m), ("y_m", self.y_m)):
             cells = (high - low) / self.cell_m
             if not 0.5 < cells < MAX_CELLS:
-                raise ValueError(f"{name} spans {high - low} m in cells of {self.cell_m} m: give 1 to {MAX_CELLS} cells")
+                raise ValueError(f"{name} spans {high - low} m, cell_m is {self.cell_m}: give 1 to {MAX_CELLS} cells")
             if abs(cells - round(cells)) > 1e-4:
                 raise ValueError(f"{name} spans {high - low} m, which is not a whole number of {self.cell_m} m cells")
         return self

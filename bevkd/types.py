@@ -147,6 +147,10 @@ class SparseMap:
     values: Float[Tensor, "*c Y X"]
     known: Bool[Tensor, "*b Y X"]
 
+    def __getitem__(self, frame: int) -> SparseMap:
+        """Return one frame of a batch."""
+        return SparseMap(self.values[frame], self.known[frame])
+
 
 @dataclass(frozen=True)
 class Instances:

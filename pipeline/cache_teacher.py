@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import Self
 
 import torch
 from torch.utils.data import DataLoader
 
 from bevkd import registry
-from bevkd.cache.blocks import tokens_of
+from bevkd.cache.arrays import sample_shapes_of
+from bevkd.cache.local import local_path
 from bevkd.cache.manifest import Header, Manifest
-from bevkd.cache.spec import CacheSpec, load_spec
+from bevkd.cache.sample import stored_signals
+from bevkd.cache.spec import load_spec
+from bevkd.cache.store import open_store
 from bevkd.cache.writer import CacheWriter
-from bevkd.data.collate import Batch, Sample, collate
+from bevkd.data.collate import Batch, collate
 from bevkd.data.join import FrameDataset
-from bevkd.errors import CacheSpecError, report
+from bevkd.data.source import FrameSource
+from bevkd.errors import CacheError, ConfigError
 from bevkd.progress import Progress, Task
 from bevkd.teachers.base import Teacher
-from bevkd.types import Boxes, Signals
+from bevkd.types import Signals
+from pipeline.overlap import Handover, SampleQueue, Stored, usable_cores, write_overlapped
 from pipeline.parts import check_files, choose_device, open_source
 from pipeline.recipe import CacheRecipe
 
 # Where things lie, how fast they are read and which labels were hidden says nothing about a cache.
 _NOT_OF_THE_CACHE = {
     "device": True,
-    "workers": True,
+    "loaders": True,
     "spec": True,  # the header holds what it says, the recipe where it lies
     "data": {"root", "index_dir", "labels", "labels_seed", "skip_missing"},
-    "teacher": {"run", "weights"},
+    "teacher": {"run", "weights", "seconds_per_frame"},
 }
+
+_LEAST_QUEUE = 4
 
 
 @dataclass(frozen=True)
@@ -38,54 +50,165 @@ class CacheSummary:
     """What a run of stage 1 did.
 
     Attributes:
-        frames: in the cache.
-        written: of them in this run; the others were there already.
-        bytes_per_frame: on disk.
+        name: of the sealed cache; None while blocks are missing that other processes write.
+        frames: in the cache when it is complete.
+        written: of them in this run.
+        missing: of them not there yet.
+        bytes_per_frame: on disk; None while blocks are missing.
     """
 
     path: str
-    name: str
+    name: str | None
     frames: int
     written: int
-    bytes_per_frame: float
+    missing: int
+    bytes_per_frame: float | None
+
+    @property
+    def text(self) -> str:
+        """The summary in words."""
+        there = f"{self.frames - self.missing} of {self.frames} frames in {self.path}, {self.written} written now"
+        if self.name is None or self.bytes_per_frame is None:
+            return f"{there}; the process that writes the last of the others seals the cache"
+        return f"{there}, {self.bytes_per_frame / 1e3:.1f} kB per frame\nname {self.name}"
 
 
-def cache_teacher(recipe: CacheRecipe, out: str, limit: int | None, progress: Progress) -> CacheSummary:
+@dataclass(frozen=True)
+class Share:
+    """The blocks that one of several equal processes writes: every ``count``-th from ``index`` on.
+
+    Attributes:
+        index: of this process, from 0, as SLURM counts the tasks of an array.
+        count: of all processes.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return the share of ``--shard I/N``.
+
+        Raises:
+            ConfigError: not of that form, or I is not below N.
+        """
+        index, _, count = text.partition("/")
+        if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+            raise ConfigError(
+                f"--shard {text}: give I/N, where N processes share the blocks and I, from 0 to N - 1, is this one. "
+                "In a SLURM array --array=0-7: --shard $SLURM_ARRAY_TASK_ID/8."
+            )
+        return cls(int(index), int(count))
+
+    def of(self, blocks: Sequence[int]) -> list[int]:
+        """Return those of ``blocks`` that this process writes."""
+        return [block for block in blocks if block % self.count == self.index]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The parts of a recipe, built and found to fit each other: whatever it takes to make the blocks of its cache."""
+
+    recipe: CacheRecipe
+    device: torch.device
+    teacher: Teacher
+    source: FrameSource
+    header: Header
+
+    def check_files(self, share: Share) -> None:
+        """Refuse missing and damaged sensor files of the blocks of ``share``, all of them at once."""
+        own = share.of(range(self.header.blocks))
+        tokens = [token for block in own for token in self.header.block_tokens(block)]
+        check_files(self.source, tokens, self.teacher.view.sensors)
+
+    def open_writer(self, uri: str) -> CacheWriter:
+        """Return a writer for the cache at ``uri``, which is begun if it is not there."""
+        return CacheWriter.open(uri, self.header, dict(self.teacher.shapes))
+
+
+def cache_teacher(
+    recipe: CacheRecipe,
+    out: str,
+    limit: int | None,
+    progress: Progress,
+    share: Share = Share(),
+    space_check: bool = True,
+) -> CacheSummary:
     """Write the cache of ``recipe`` to ``out``; blocks that are already there stay as they are.
 
     Args:
         limit: cache only the first frames of the data set.
+        share: write only this part of the blocks; whoever finds all blocks there seals the cache.
+        space_check: refuse to begin what does not seem to fit on the disk.
     """
-    device = choose_device(recipe.device)
+    stage = prepare(recipe, limit, progress)
+    stage.check_files(share)
+    writer = stage.open_writer(out)
+    pending = share.of(writer.pending())
+    if pending and space_check:
+        check_space(writer, out)
+    frames = frames_of(writer, share.of(range(writer.header.blocks)))
+    written = frames_of(writer, pending)
+    with progress.task("caching", frames, "frame", done=frames - written) as task:
+        write_blocks(stage, writer, pending, task)
+    return summarise(writer, out, written)
+
+
+def prepare(recipe: CacheRecipe, limit: int | None, progress: Progress, device: torch.device | None = None) -> Stage:
+    """Return the parts of a recipe, with every contract between them checked.
+
+    Args:
+        limit: cache only the first frames of the data set.
+        device: of the teacher; None takes the recipe's.
+
+    Raises:
+        BevkdError: a part cannot be built, or parts do not fit each other.
+    """
+    device = device or choose_device(recipe.device)
     classes = tuple(recipe.data.classes)
     spec = load_spec(recipe.spec)
     teacher: Teacher = registry.load("bevkd.teachers", recipe.teacher.name).build(recipe.teacher, classes, device)
-    _check_spec(spec, teacher)
+    sample_shapes_of(spec, teacher.shapes, teacher.identity.name)  # refuses what the teacher does not write
     source = open_source(recipe.data, teacher.view.sensors, progress)
-    tokens = source.tokens[:limit]
-    check_files(source, tokens, teacher.view.sensors)
-
     header = Header(
         spec=spec,
         teacher=teacher.identity,
         dataset=source.identity,
         grid=teacher.grid,
         classes=classes,
-        tokens=tokens,
+        tokens=source.tokens[:limit],
         config=recipe.model_dump(mode="json", exclude=_NOT_OF_THE_CACHE),
         licence=recipe.licence,
     )
-    writer = CacheWriter.open(out, header, {name: teacher.shapes[name] for name in spec.signals if name != "boxes"})
-    pending = writer.pending()
-    blocks = [tokens_of(tokens, spec.block, block) for block in pending]
-    written = sum(len(block) for block in blocks)
-    batches = _loader(FrameDataset(source, tokens, teacher.view), blocks, recipe)
-    with progress.task("caching", len(tokens), "frame", done=len(tokens) - written) as task:
-        samples = _infer(teacher, spec, iter(batches), task)
-        for block, block_tokens in zip(pending, blocks, strict=True):
-            writer.write_block(block, (next(samples) for _ in block_tokens))
-    manifest = writer.seal()
-    return CacheSummary(out, manifest.name, len(tokens), written, bytes_per_frame(manifest))
+    return Stage(recipe, device, teacher, source, header)
+
+
+def write_blocks(stage: Stage, writer: CacheWriter, blocks: Sequence[int], task: Task, processes: bool = True) -> None:
+    """Write ``blocks`` with loading, teacher, encoding and writing side by side.
+
+    Memory is bounded in samples, whatever the number of blocks: of b per batch and n loaders, (2 n + 1) b are loaded,
+    b are in the teacher, and at most max(4, 2 b) wait to be encoded; see :func:`write_overlapped` for the rest.
+
+    Args:
+        processes: load in processes; otherwise in threads, as a process that itself is a worker has to.
+    """
+    queue = SampleQueue(max(_LEAST_QUEUE, 2 * stage.recipe.batch_size))
+    # Loader processes are forked here, before there are threads that could hold a lock at that moment.
+    batches = iter(load_batches(stage, writer.header, blocks, processes))
+    write_overlapped(writer, blocks, _infer(stage, batches, queue, task), queue)
+
+
+def frames_of(writer: CacheWriter, blocks: Sequence[int]) -> int:
+    """Return the number of frames in ``blocks``."""
+    return sum(len(writer.header.block_tokens(block)) for block in blocks)
+
+
+def summarise(writer: CacheWriter, out: str, written: int) -> CacheSummary:
+    """Return what there is at ``out`` now; a cache that misses no block is sealed, by as many processes as find so."""
+    missing = frames_of(writer, writer.pending())
+    manifest = None if missing else writer.seal()
+    size = bytes_per_frame(manifest) if manifest else None
+    return CacheSummary(out, manifest.name if manifest else None, len(writer.header.tokens), written, missing, size)
 
 
 def bytes_per_frame(manifest: Manifest) -> float:
@@ -94,40 +217,76 @@ def bytes_per_frame(manifest: Manifest) -> float:
     return stored / len(manifest.tokens)
 
 
-def _check_spec(spec: CacheSpec, teacher: Teacher) -> None:
-    """Refuse a spec that asks for signals that the teacher does not write."""
-    written = [*teacher.shapes, "boxes"]
-    faults = [f"signals.{name}: not written" for name in spec.signals if name not in written]
-    if faults:
-        raise report(
-            CacheSpecError,
-            f"teacher '{teacher.identity.name}' does not fit spec '{spec.name}'. It writes "
-            f"{', '.join(written)}; remove the other signals from the spec:",
-            faults,
+def free_bytes(uri: str) -> int | None:
+    """Return the free space where the cache at ``uri`` goes; None for an object store, which has no bound."""
+    if open_store(uri).remote:
+        return None
+    folder = local_path(uri).absolute()
+    return shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
+
+
+def check_space(writer: CacheWriter, uri: str) -> None:
+    """Refuse to begin what does not seem to fit.
+
+    Raises:
+        CacheError: says how much is missing, and how much room there is.
+    """
+    needed, free = writer.missing_bytes(), free_bytes(uri)
+    if free is not None and needed > free:
+        raise CacheError(
+            f"{uri} needs about {needed:,} more bytes, its disk has {free:,} free. Make room, or choose another "
+            "--out or a smaller spec. The estimate is on the safe side until a block is there: 'bevkd cache plan' "
+            "measures, and --no-space-check begins anyway."
         )
 
 
-def _loader(dataset: FrameDataset, blocks: list[tuple[str, ...]], recipe: CacheRecipe) -> DataLoader[Sample]:
-    """Return the pending blocks' batches in order; none spans two blocks, so a resumed cache has the same bytes."""
-    index = {token: position for position, token in enumerate(dataset.tokens)}
-    batches = [
-        [index[token] for token in block[start : start + recipe.batch_size]]
-        for block in blocks
-        for start in range(0, len(block), recipe.batch_size)
+def load_batches(stage: Stage, header: Header, blocks: Sequence[int], processes: bool = True) -> Iterator[Batch]:
+    """Return the batches of ``blocks`` in order; none spans two blocks, so a resumed cache has the same bytes.
+
+    The first ones are being loaded when this returns.
+    """
+    dataset = FrameDataset(stage.source, header.tokens, stage.teacher.view)
+    size, block = stage.recipe.batch_size, header.spec.block
+    plan = [
+        list(range(start, min(start + size, (each + 1) * block, len(header.tokens))))
+        for each in blocks
+        for start in range(each * block, min((each + 1) * block, len(header.tokens)), size)
     ]
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=recipe.workers if batches else 0,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
+    loaders = min(stage.recipe.loaders, usable_cores()) if plan else 0  # torch warns of more
+    if not processes and loaders:
+        return _load_in_threads(dataset, plan, loaders)
+    return iter(
+        DataLoader(
+            dataset,
+            batch_sampler=plan,
+            num_workers=loaders,
+            collate_fn=collate,
+            pin_memory=stage.device.type == "cuda",
+        )
     )
 
 
-def _infer(
-    teacher: Teacher, spec: CacheSpec, batches: Iterator[Batch], task: Task
-) -> Iterator[dict[str, torch.Tensor | Boxes]]:
-    """Yield each frame's signals, on the CPU."""
+def _load_in_threads(dataset: FrameDataset, plan: Sequence[Sequence[int]], threads: int) -> Iterator[Batch]:
+    def load(indices: Sequence[int]) -> Batch:
+        return collate([dataset[index] for index in indices])
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="load") as pool:
+        ahead: deque[Future[Batch]] = deque()
+        for indices in plan:
+            ahead.append(pool.submit(load, indices))
+            if len(ahead) > 2 * threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _infer(stage: Stage, batches: Iterator[Batch], queue: SampleQueue, task: Task) -> Iterator[Handover]:
+    """Yield each frame as what the writer's thread calls to get its signals on the CPU.
+
+    On a GPU that thread copies on a stream of its own, beside the work on the next batch.
+    """
+    cuda = stage.device.type == "cuda"
+    stream = torch.cuda.Stream(stage.device) if cuda else None
     started, waited = time.perf_counter(), 0.0
     while True:
         asked = time.perf_counter()
@@ -135,15 +294,31 @@ def _infer(
         if batch is None:
             return
         waited += time.perf_counter() - asked
-        signals = teacher.infer(batch)
+        queue.check()  # before seconds of teacher time are spent
+        signals = stage.teacher.infer(batch)
+        computed = torch.cuda.current_stream(stage.device).record_event() if cuda else None
         for index in range(len(batch.tokens)):
-            task.advance(data_wait=waited / (time.perf_counter() - started))
-            yield _sample(signals, spec, index)
+            elapsed = time.perf_counter() - started
+            task.advance(data_wait=waited / elapsed, write_wait=queue.waited_s / elapsed)
+            yield partial(_copied, stage, batch, signals, index, stream, computed)
 
 
-def _sample(signals: Signals, spec: CacheSpec, index: int) -> dict[str, torch.Tensor | Boxes]:
-    sample: dict[str, torch.Tensor | Boxes] = {}
-    for name in spec.signals:
-        value = getattr(signals, name)
-        sample[name] = value[index].to("cpu")
-    return sample
+def stored_of(stage: Stage, batch: Batch, signals: Signals, index: int) -> Stored:
+    """Return what the cache stores of one frame of a batch, on the CPU."""
+    annotated = [boxes if known else None for boxes, known in zip(batch.boxes, batch.labelled.tolist(), strict=True)]
+    with torch.inference_mode():
+        return stored_signals(signals, annotated, stage.header.spec, stage.header.grid, index)
+
+
+def _copied(
+    stage: Stage,
+    batch: Batch,
+    signals: Signals,
+    index: int,
+    stream: torch.cuda.Stream | None,
+    computed: torch.cuda.Event | None,
+) -> Stored:
+    with torch.cuda.stream(stream):
+        if stream is not None and computed is not None:
+            stream.wait_event(computed)
+        return stored_of(stage, batch, signals, index)

@@ -91,7 +91,8 @@ def sample_shapes_of(
     """Return the shape of one sample per map and point signal of ``spec``.
 
     Args:
-        written: shape per map that the teacher writes ([C,Y,X]; ``box_code`` [T,10,Y,X]).
+        written: shape per map that the teacher writes ([C,Y,X]; ``box_code`` [T,10,Y,X]); a teacher that writes
+            instances lists them with the shape ().
         teacher: its name, for messages.
 
     Raises:
@@ -100,11 +101,9 @@ def sample_shapes_of(
     shapes: dict[str, tuple[int, ...]] = {}
     faults = []
     for signal, stored in spec.signals.items():
-        needed = [POINTS.get(signal, signal)] if signal in (*MAPS, *POINTS) else []
-        absent = [
-            name for name in [*needed, *(["heatmap"] if stored.encoding == "sparse" else [])] if name not in written
-        ]
-        if absent:
+        needed = {POINTS.get(signal, signal)} - {"boxes"}
+        needed |= {"heatmap"} if stored.encoding == "sparse" else set()
+        if absent := sorted(needed - set(written)):
             faults.append(f"signals.{signal} needs {' and '.join(absent)}")
         elif signal in POINTS:
             shapes[signal] = (9, written[POINTS[signal]][0])

@@ -111,7 +111,7 @@ def _advice(signal: str, spec: SignalSpec) -> str:
     where = f"signals.{signal}"
     if spec.encoding == "masks":
         return f"Raise {where}.resolution or {where}.max_error."
-    if spec.encoding == "float16":
+    if spec.encoding in ("float16", "sparse"):
         return f"Raise {where}.max_error or rescale the teacher's output."
     finer = "root8" if spec.encoding in ("uint8", "int8") else "float16"
     return f"Set {where}.encoding: {finer}, or raise {where}.max_error."

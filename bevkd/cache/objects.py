@@ -14,11 +14,14 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from bevkd.cache.object_client import Address, Client, client_of
+from bevkd.cache.object_process import Address, client_of
 from bevkd.cache.store import SCHEMES, FileRecord
 from bevkd.errors import CacheError
+
+if TYPE_CHECKING:
+    from bevkd.cache.object_client import Client
 
 _STAGED = "bevkd-stage-"
 _NEW_S = 60.0

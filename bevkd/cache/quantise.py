@@ -143,9 +143,9 @@ def _lift(level: Array, values: Array) -> Array:
     return level
 
 
-def _logits(values: Array, precision: float) -> _Row:
+def _logits(values: Array, levels: int) -> _Row:
     """Spread 256 levels over the logits of a class, cut to where no loss tells them apart."""
-    del precision
+    del levels
     cut = np.clip(values, -LOGIT_CUT, LOGIT_CUT)
     low, high = cut.min(initial=LOGIT_CUT).item(), cut.max(initial=-LOGIT_CUT).item()
     scale, offset = np.float32(max((high - low) / 255, _TINY)), np.float32(low)

@@ -85,7 +85,7 @@ def decode_points(signal: str, stored: Mapping[str, Tensor]) -> tuple[BoxPoints,
 def encode_instances(signal: str, spec: SignalSpec, instances: Instances, token: str) -> Encoded:
     """Return instances as stored arrays: masks as bits on a grid over their box.
 
-    The error is 1 - IoU of the worst mask, at the resolution it came in.
+    The error is 1 - the mean IoU of the masks, at the resolution they came in.
 
     Raises:
         CacheError: a box or score is not finite, or a mask has no pixels.
@@ -94,7 +94,7 @@ def encode_instances(signal: str, spec: SignalSpec, instances: Instances, token:
     packed = torch.cat([field.detach().to("cpu", torch.float32) for field in fields], dim=1).numpy()
     _check_finite(signal, "instance", packed, np.isfinite(packed), token)
     kept = _best(packed[:, INSTANCE_ROW.index("score")], spec)
-    size, worst = spec.resolution, 0.0
+    size, overlap = spec.resolution, 0.0
     bits = np.zeros((len(kept), size, size // 8), np.uint8)
     for row, index in enumerate(kept.tolist()):
         exact = instances.masks[index].cpu()
@@ -104,14 +104,15 @@ def encode_instances(signal: str, spec: SignalSpec, instances: Instances, token:
                 "instances without pixels in the teacher."
             )
         mask = shrink(exact, size, size)
-        worst = max(worst, 1 - _iou(exact, spread(mask, *exact.shape)))
+        overlap += _iou(exact, spread(mask, *exact.shape)) / len(kept)
         bits[row] = np.packbits(mask.numpy(), axis=-1)
     arrays = {
         signal: _padded(bits, spec.capacity),
         f"{signal}_count": _count(kept),
         f"{signal}_fields": _padded(packed[kept], spec.capacity),
     }
-    return Encoded(arrays, worst, 1 - worst)
+    overlap = overlap if len(kept) else 1.0
+    return Encoded(arrays, max(1 - overlap, 0.0), overlap)
 
 
 def decode_instances(signal: str, stored: Mapping[str, Tensor]) -> tuple[Instances, ...]:

@@ -42,11 +42,11 @@ class SignalSpec(StrictModel):
         encoding: ``float16`` keeps values as they are. ``root8`` quantises maps and points to the root of their value,
             with one scale per channel of a map or per point, and is right for nearly all. ``logits`` quantises class
             logits evenly. ``sparse`` keeps box codes where objects are. ``boxes`` stores boxes, ``masks`` instances.
-            ``uint8`` and ``int8`` quantise maps evenly; ``logit8`` blurs small probabilities. These three are of the
-            first release and cost UniDistill most of its gradient: docs/design/0004-encodings.md.
+            ``uint8`` and ``int8`` quantise maps evenly, ``logit8`` folds logits under -6.9 into one: of the first
+            caches, still read and written. ``root8`` and ``logits`` keep gradients better at about the same size.
         max_error: largest error a stored sample may have: the relative L2 norm of the difference; for logits the
-            largest difference of a probability, also that of half the logit; for ``masks`` 1 - IoU of all masks
-            together at original resolution. A sample beyond it is refused, never stored silently.
+            largest difference of a probability, also that of half the logit; for ``masks`` 1 - the mean IoU of
+            the masks at original resolution. A sample beyond it is refused, never stored silently.
         levels: of ``root8`` on each side of zero; fewer take fewer bytes.
         threshold: ``sparse`` keeps the cells at which a class has at least this probability, and those around
             annotated boxes and around the teacher's boxes above this score.

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -15,11 +14,11 @@ from bevkd.cache.encoding import decode
 from bevkd.cache.spec import CacheSpec
 from bevkd.config import PluginConfig
 from bevkd.data.collate import Batch, StoredSignals
-from bevkd.geometry.affine import BEVAffine, warp_box_codes, warp_maps
+from bevkd.geometry.affine import BEVAffine, warp_box_codes, warp_cells, warp_maps
 from bevkd.geometry.sampling import sample_at
 from bevkd.grid import BEVGrid
 from bevkd.models.detector import Detector, DetectorOutput
-from bevkd.types import Boxes, Signals
+from bevkd.types import Boxes, BoxPoints, Signals, SparseMap
 
 __all__ = ["DistillContext", "DistillLoss", "DistillLossConfig", "TeacherBatch", "sample_at"]
 
@@ -45,21 +44,43 @@ class TeacherBatch:
         cls, spec: CacheSpec, stored: StoredSignals, affines: tuple[BEVAffine, ...], grid: BEVGrid
     ) -> TeacherBatch:
         """Return the signals of a cache's encoded arrays, decoded on the device that they are on."""
-        decoded: dict[str, Any] = {
-            name: decode(name, signal, stored) for name, signal in spec.signals.items() if name in stored
-        }
+        decoded: dict[str, Any] = {}
+        for name, signal in spec.signals.items():
+            if name in stored:
+                value = decode(name, signal, stored)
+                if isinstance(value, SparseMap):
+                    decoded[f"{name}_known"], value = value.known, value.values
+                decoded[name] = value
         return cls(Signals(**decoded), affines, grid)
 
     def warped(self, name: str) -> tuple[Tensor, Bool[Tensor, "B 1 Y X"]]:
-        """Return the map ``name`` in the student's frame, and which of its cells the teacher covers."""
-        warp = warp_box_codes if name == "box_code" else warp_maps
-        return warp(self.canonical.need(name), self.affines, self.grid)
+        """Return the map ``name`` in the student's frame, and which of its cells the teacher covers and the cache kept.
+
+        Values of other cells mean nothing: a loss must not read them.
+        """
+        if name != "box_code":
+            return warp_maps(self.canonical.need(name), self.affines, self.grid)
+        codes, covered = warp_box_codes(self.canonical.need(name), self.affines, self.grid)
+        known = self.canonical.box_code_known
+        return codes, covered if known is None else covered & warp_cells(known, self.affines, self.grid)
 
     @cached_property
     def boxes(self) -> tuple[Boxes, ...]:
         """The teacher's boxes in the student's frame."""
         boxes = self.canonical.boxes or ()
         return tuple(affine.apply_to_boxes(each) for affine, each in zip(self.affines, boxes, strict=True))
+
+    def points(self, name: str) -> tuple[BoxPoints, ...]:
+        """Return ``points_low`` or ``points_high``: values as cached, un-augmented boxes."""
+        value: tuple[BoxPoints, ...] | None = getattr(self.canonical, name)
+        if value is None:
+            raise KeyError(f"signal '{name}' is not in this batch")
+        return value
+
+    def to_augmented(self, xy_m: Float[Tensor, "n p 2"], frame: int) -> Float[Tensor, "n p 2"]:
+        """Return where points of the un-augmented frame went, metres."""
+        matrix = self.affines[frame].matrix().to(xy_m)
+        return xy_m @ matrix[:2, :2].T + matrix[:2, 3]
 
     def to_canonical(self, xy_m: Float[Tensor, "n p 2"], frame: int) -> Float[Tensor, "n p 2"]:
         """Return where points of the student's frame were before augmentation, metres."""
@@ -73,7 +94,7 @@ class DistillContext:
 
     Attributes:
         student: the detector in training; a loss may call its head but must not keep its parameters.
-        teacher_shapes: per-sample shape of each cached map.
+        teacher_shapes: per-sample shape of each cached map, and [9,C] of points.
     """
 
     student: Detector
@@ -89,9 +110,14 @@ class DistillContext:
         part: Any = self.student.encoder if stage == "bev_low" else self.student.bev_encoder
         return int(part.out_channels)
 
+    def teacher_channels(self, stage: str) -> int:
+        """Return the teacher's channels of ``bev_low`` or ``bev_high``, from its map or its points."""
+        shape = self.teacher_shapes.get(stage)
+        return shape[0] if shape else self.teacher_shapes[stage.replace("bev", "points")][1]
+
     def adapter(self, stage: str) -> nn.Module:
         """Return a 1x1 convolution from the student's to the teacher's channels of ``bev_low`` or ``bev_high``."""
-        return nn.Conv2d(self.channels(stage), self.teacher_shapes[stage][0], 1)
+        return nn.Conv2d(self.channels(stage), self.teacher_channels(stage), 1)
 
 
 class DistillLossConfig(PluginConfig):

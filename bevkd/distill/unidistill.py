@@ -6,16 +6,18 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from bevkd.data.collate import Batch
 from bevkd.distill.base import DistillContext, DistillLoss, DistillLossConfig, TeacherBatch, sample_at
+from bevkd.errors import ContractError
 from bevkd.geometry.boxes import nine_points
-from bevkd.geometry.gaussian import draw_gaussians, gaussian_radius
+from bevkd.geometry.gaussian import draw_gaussians
+from bevkd.geometry.sampling import foreground_radius
 from bevkd.grid import BEVGrid
 from bevkd.models.detector import DetectorOutput
-from bevkd.types import Boxes
+from bevkd.types import Boxes, BoxPoints
 
 _EPS = 1e-4
 
@@ -28,6 +30,8 @@ class Config(DistillLossConfig):
         adapter: a 1x1 convolution on the student's maps; needed when its channels differ from the teacher's.
         pseudo_score: on frames without labels, teacher boxes above this score stand in for the annotations; None
             leaves those frames to the other losses.
+        source: where feature and relation find the teacher: ``maps`` samples ``bev_low`` and ``bev_high``; ``points``
+            reads ``points_low`` and ``points_high``, which give the same loss from a hundredth of the bytes.
         legacy_xy_swap: sample as the released code does, with x and y exchanged. For comparison only.
     """
 
@@ -37,13 +41,26 @@ class Config(DistillLossConfig):
     response: float = Field(10.0, ge=0)
     adapter: bool = False
     pseudo_score: float | None = None
+    source: Literal["maps", "points"] = "maps"
     legacy_xy_swap: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.source == "points" and self.pseudo_score is not None:
+            raise ValueError(
+                "source: points has annotated boxes only, so no teacher box can stand in: set pseudo_score: null or "
+                "source: maps"
+            )
+        if self.source == "points" and self.legacy_xy_swap:
+            raise ValueError("points are sampled without the exchange of x and y: set legacy_xy_swap: false")
+        return self
 
     def signals(self) -> tuple[str, ...]:
         """Return the signals that the terms with a weight read."""
+        low, high = ("points_low", "points_high") if self.source == "points" else ("bev_low", "bev_high")
         needed = {
-            "bev_low": self.feature > 0,
-            "bev_high": self.relation > 0,
+            low: self.feature > 0,
+            high: self.relation > 0,
             "heatmap": self.response > 0,
             "box_code": self.response > 0,
             "boxes": self.pseudo_score is not None,
@@ -54,10 +71,8 @@ class Config(DistillLossConfig):
         """Return where the student's maps cannot be compared with the cached ones."""
         faults = []
         own, shapes = context.channels("bev_low"), context.teacher_shapes
-        if self.feature > 0 and not self.adapter and own != shapes["bev_low"][0]:
-            faults.append(
-                f"bev_low has {shapes['bev_low'][0]} channels in the cache and {own} in the student: set adapter: true"
-            )
+        if self.feature > 0 and not self.adapter and own != (theirs := context.teacher_channels("bev_low")):
+            faults.append(f"bev_low has {theirs} channels in the cache and {own} in the student: set adapter: true")
         tasks = len(context.student.head.tasks)
         if self.response > 0 and tasks != shapes["box_code"][0]:
             faults.append(
@@ -107,8 +122,7 @@ def foreground_mask(boxes: tuple[Boxes, ...], grid: BEVGrid) -> Float[Tensor, "B
     """Return the maximum of a Gaussian per box, with the radius of overlap 0.7, which is zero for small objects."""
     values = torch.cat([each.values for each in boxes])
     frame = torch.cat([torch.full_like(each.labels, index) for index, each in enumerate(boxes)])
-    size = values[:, 3:5] / grid.cell_m
-    radius = gaussian_radius(size[:, 0], size[:, 1], 0.7).long().clamp(min=0)
+    radius = foreground_radius(values[:, 3:5], grid).long().clamp(min=0)
     cells = grid.to_cells(values[:, :2]).floor().long().flip(-1)
     return draw_gaussians((len(boxes), *grid.shape), frame, cells, radius)
 
@@ -128,21 +142,18 @@ class UniDistill(nn.Module):
         """Return ``feature``, ``relation``, ``response_class`` and ``response_box``, weighted."""
         config = self.config
         boxes = self._foreground(teacher, batch)
-        points = [nine_points(each.values[:, :7]) for each in boxes]
-        canonical = [teacher.to_canonical(xy_m, frame) for frame, xy_m in enumerate(points)]
         terms = {}
         if config.feature > 0:
             terms["feature"] = config.feature * feature_loss(
-                *self._sampled("bev_low", student.bev_low, teacher, points, canonical)
+                *self._sampled("low", student.bev_low, teacher, boxes, batch)
             )
         if config.relation > 0:
-            terms["relation"] = config.relation * relation_loss(
-                *self._sampled("bev_high", student.bev_high, teacher, points, canonical)
-            )
+            sampled = self._sampled("high", student.bev_high, teacher, boxes, batch)
+            terms["relation"] = config.relation * relation_loss(*sampled)
         if config.response > 0:
-            heatmap, valid = teacher.warped("heatmap")
-            code, _ = teacher.warped("box_code")
-            mask = foreground_mask(boxes, self.grid) * valid[:, 0]
+            heatmap, covered = teacher.warped("heatmap")
+            code, known = teacher.warped("box_code")
+            mask = foreground_mask(boxes, self.grid) * (covered & known)[:, 0]
             class_term, box_term = response_losses(
                 student.head.heatmap, heatmap, student.head.box_code.flatten(1, 2), code.flatten(1, 2), mask
             )
@@ -160,14 +171,38 @@ class UniDistill(nn.Module):
         )
 
     def _sampled(
-        self, stage: str, own: Tensor, teacher: TeacherBatch, points: list[Tensor], canonical: list[Tensor]
+        self, level: str, own: Tensor, teacher: TeacherBatch, boxes: tuple[Boxes, ...], batch: Batch
     ) -> tuple[Tensor, Tensor]:
-        """Return student and teacher vectors at the nine points of every box."""
-        swap = self.config.legacy_xy_swap
+        """Return student and teacher vectors at the nine points of every box, of ``bev_low`` or ``bev_high``."""
+        swap, stage = self.config.legacy_xy_swap, f"bev_{level}"
         # Losses run outside autocast, so a half-precision map has to be widened for the adapter's weights.
         own = self.adapters[stage](own.float()) if stage in self.adapters else own
+        if self.config.source == "points":
+            held = _labelled(teacher.points(f"points_{level}"), batch)
+            points = [teacher.to_augmented(nine_points(each.boxes), frame) for frame, each in enumerate(held)]
+            return sample_at(own, points, self.grid), torch.cat([each.values for each in held])
+        points = [nine_points(each.values[:, :7]) for each in boxes]
+        canonical = [teacher.to_canonical(xy_m, frame) for frame, xy_m in enumerate(points)]
         theirs = teacher.canonical.need(stage)
         return sample_at(own, points, self.grid, swap), sample_at(theirs, canonical, self.grid, swap)
+
+
+def _labelled(points: tuple[BoxPoints, ...], batch: Batch) -> tuple[BoxPoints, ...]:
+    """Return the points of the frames whose labels the student may use; of the others none.
+
+    Raises:
+        ContractError: a frame has more or fewer boxes than when the cache was written.
+    """
+    kept = []
+    for token, boxes, each, labelled in zip(batch.tokens, batch.boxes, points, batch.labelled.tolist(), strict=True):
+        if labelled and len(each) != len(boxes):
+            raise ContractError(
+                f"sample '{token}' has {len(boxes)} annotated boxes and points of {len(each)} in the cache. Write the "
+                "cache with the student's data.classes and data.min_points, and with data.labels: 1: which labels a "
+                "student may use is for its own recipe to say."
+            )
+        kept.append(each if labelled else BoxPoints(each.boxes[:0], each.values[:0]))
+    return tuple(kept)
 
 
 def build(config: Config, context: DistillContext) -> DistillLoss:

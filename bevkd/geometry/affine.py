@@ -199,6 +199,13 @@ class BEVAffine:
         warped = torch.cat([offset, z, log_size, cos_sin.flip(1), velocity], dim=1)
         return warped.to(canonical.dtype), valid
 
+    def warp_cells(self, canonical: Bool[Tensor, "Y X"], grid: BEVGrid) -> Bool[Tensor, "Y X"]:
+        """Return which cells of the augmented frame take their box code from a marked cell."""
+        if self.is_grid_exact(grid):
+            return self._rearrange(canonical)
+        fetched, _, hit = self._fetch_nearest(canonical, grid)
+        return fetched & hit[0]
+
     def _cos_sin(self) -> tuple[float, float]:
         """Return cosine and sine, exact for quarter turns."""
         quarters = round(self.rotation_rad / (math.pi / 2))
@@ -263,3 +270,11 @@ def warp_box_codes(
     """Return each sample's box codes warped by its own affine, and validity; see :meth:`BEVAffine.warp_box_code`."""
     warped = [affine.warp_box_code(sample, grid) for affine, sample in zip(affines, canonical, strict=True)]
     return torch.stack([maps for maps, _ in warped]), torch.stack([valid for _, valid in warped])
+
+
+def warp_cells(
+    canonical: Bool[Tensor, "B Y X"], affines: Sequence[BEVAffine], grid: BEVGrid
+) -> Bool[Tensor, "B 1 Y X"]:
+    """Return each sample's marked cells under its own affine; see :meth:`BEVAffine.warp_cells`."""
+    warped = [affine.warp_cells(cells, grid) for affine, cells in zip(affines, canonical, strict=True)]
+    return torch.stack(warped)[:, None]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 from torch.nn import functional
 
 
 def shrink(mask: Bool[Tensor, "h w"], rows: int, columns: int) -> Bool[Tensor, "r c"]:
-    """Return the mask on ``rows`` x ``columns`` cells; a cell is in if at least half of its area is."""
-    area = functional.interpolate(mask[None, None].float(), (rows, columns), mode="area")
-    return area[0, 0] >= 0.5
+    """Return the mask on ``rows`` x ``columns`` cells: what it is at the centre of each."""
+    found = functional.interpolate(mask[None, None].float(), (rows, columns), mode="nearest-exact")
+    return found[0, 0] >= 0.5
 
 
 def spread(mask: Bool[Tensor, "r c"], height: int, width: int) -> Bool[Tensor, "h w"]:

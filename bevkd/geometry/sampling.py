@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bevkd.geometry.boxes import nine_points
 from bevkd.geometry.gaussian import gaussian_radius
 from bevkd.grid import BEVGrid
-from bevkd.types import BoxPoints, Boxes
+from bevkd.types import Boxes, BoxPoints
 
 FOREGROUND_OVERLAP = 0.7
 """IoU that sets the radius of an object's Gaussian in UniDistill (arXiv 2303.15083)."""
@@ -22,7 +22,7 @@ MIN_SCALE = 2 / 3
 
 
 def sample_at(
-    maps: Float[Tensor, "B C Y X"], points: Sequence[Float[Tensor, "n p 2"]], grid: BEVGrid, swap_xy: bool = False
+    maps: Float[Tensor, "B C Y X"], points: Sequence[Float[Tensor, "_ p 2"]], grid: BEVGrid, swap_xy: bool = False
 ) -> Float[Tensor, "m p C"]:
     """Return map values bilinearly sampled at points in metres, all frames' points one after the other.
 

@@ -18,7 +18,8 @@ class Teacher(Protocol):
     Attributes:
         identity: what the manifest of its caches says about it.
         view: the sensors and image size that it reads.
-        shapes: per-sample shape of each map that it writes; it always writes ``boxes`` as well.
+        shapes: per-sample shape of each map that it writes; it always writes ``boxes`` as well. One that writes
+            ``instances`` lists them with the shape ().
     """
 
     identity: TeacherIdentity

@@ -28,6 +28,8 @@ class Config(PluginConfig):
         detector: the architecture instead.
         weights: its safetensors file; None draws random weights, e.g. to time a cache or to test a pipeline.
         seed: of random weights.
+        precision: of its dense layers; ``bfloat16`` and ``float16`` make most GPUs twice as fast. Sparse convolutions
+            and the decoding of boxes stay in float32.
     """
 
     name: Literal["detector"] = "detector"
@@ -35,6 +37,7 @@ class Config(PluginConfig):
     detector: DetectorConfig | None = None
     weights: Path | None = None
     seed: int = 0
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -48,11 +51,17 @@ class Config(PluginConfig):
 class DetectorTeacher:
     """Runs a detector in eval mode and hands out every map."""
 
-    def __init__(self, detector: Detector, identity: TeacherIdentity, device: torch.device) -> None:
+    def __init__(
+        self,
+        detector: Detector,
+        identity: TeacherIdentity,
+        device: torch.device,
+        precision: torch.dtype = torch.float32,
+    ) -> None:
         self.identity, self.classes = identity, detector.classes
         self.grid, self.view = detector.config.grid, view_of(detector.config)
         self._detector = detector.to(device).eval()
-        self._device = device
+        self._device, self._precision = device, precision
         rows_columns = self.grid.shape
         tasks = len(detector.head.tasks)
         self.shapes: Mapping[str, tuple[int, ...]] = {
@@ -65,7 +74,9 @@ class DetectorTeacher:
     @torch.inference_mode()
     def infer(self, batch: Batch) -> Signals:
         """Return all signals of a batch, on the teacher's device."""
-        output = self._detector(batch.to(self._device))
+        half = self._precision != torch.float32
+        with torch.autocast(self._device.type, self._precision if half else None, enabled=half):
+            output = self._detector(batch.to(self._device))
         return Signals(
             bev_low=output.bev_low,
             bev_high=output.bev_high,
@@ -93,10 +104,14 @@ def build(config: Config, classes: tuple[str, ...], device: torch.device) -> Tea
         name=config.name,
         architecture=detector_config.model_dump(mode="json"),
         weights_sha256=_weights_digest(detector),
-        preprocessing={"sensors": [str(sensor) for sensor in sorted(detector_config.sensors)], "augmentation": None},
+        preprocessing={
+            "sensors": [str(sensor) for sensor in sorted(detector_config.sensors)],
+            "augmentation": None,
+            "precision": config.precision,
+        },
         origin=weights.name if weights else f"random weights of seed {config.seed}",
     )
-    return DetectorTeacher(detector, identity, device)
+    return DetectorTeacher(detector, identity, device, getattr(torch, config.precision))
 
 
 def _trained(run: Path, classes: Sequence[str]) -> DetectorConfig:

@@ -12,12 +12,14 @@ It runs moto's S3 in a process of its own, so that neither its CPU time nor its 
 from __future__ import annotations
 
 import dataclasses
+import http.client
 import json
+import re
+import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
@@ -153,7 +155,10 @@ class LocalS3:
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps([verb, argument]) + "\n")
             self._process.stdin.flush()
-            return self._read()
+            answer = self._read()
+        if isinstance(answer, dict) and "error" in answer:
+            raise BevkdError(answer["error"])
+        return answer
 
     def _read(self) -> Any:
         assert self._process.stdout is not None
@@ -255,8 +260,6 @@ def _answer(start_response: StartResponse, status: int, headers: list[tuple[str,
 
 
 def _close(environ: Environ) -> Iterable[bytes]:
-    import socket
-
     environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
     raise ConnectionAbortedError
 
@@ -285,13 +288,23 @@ def _serve(latency_s: float) -> None:
         verb, argument = json.loads(line)
         answer: Any = None
         if verb == "bucket":
-            put = urllib.request.Request(f"http://127.0.0.1:{server.port}/{argument}", method="PUT")
-            urllib.request.urlopen(put).close()
+            answer = _make_bucket(server.port, argument)
         elif verb == "fail":
             front.fail([Fault(**fault) for fault in argument])
         else:
-            answer = front.seen
+            answer = list(front.seen)
         print(json.dumps(answer), flush=True)  # noqa: T201
+
+
+def _make_bucket(port: int, name: str) -> dict[str, str] | None:
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("PUT", f"/{name}", headers={"Content-Length": "0"})
+    response = connection.getresponse()
+    code = re.search("<Code>(.*)</Code>", response.read().decode())
+    connection.close()
+    if response.status == 200:
+        return None
+    return {"error": f"the bucket '{name}' cannot be made: {code[1] if code else response.status}. Give another name."}
 
 
 if __name__ == "__main__":

@@ -132,6 +132,9 @@ def test_the_world_is_an_island() -> None:
     [
         (("spconv", "cumm"), ("bevkd.models.sparse",)),
         (("zarr", "numcodecs"), ("bevkd.cache", "pipeline.bench")),  # the latter compares with other readers
+        (("obstore",), ("bevkd.cache",)),
+        (("moto", "werkzeug"), ("pipeline.bench",)),
+        (("dask", "distributed"), ("pipeline.schedule",)),
         (("accelerate",), ("bevkd.training",)),
         (("transformers",), ("bevkd.models.encoders", "bevkd.teachers")),
         (("matplotlib",), ("bevkd.viz",)),
@@ -186,8 +189,13 @@ def test_nothing_is_unpickled() -> None:
 
 
 def test_the_command_line_starts_without_torch() -> None:
-    heavy = ("torch", "numpy", "pydantic", "zarr", "transformers", "matplotlib", "pipeline")
+    heavy = ("torch", "numpy", "pydantic", "zarr", "dask", "distributed", "transformers", "matplotlib", "pipeline")
     assert run(f"import cli, sys; print([name for name in {heavy} if name in sys.modules])") == "[]\n"
+
+
+def test_describing_a_cache_takes_no_torch() -> None:
+    names = "bevkd.signals, bevkd.cache.spec, bevkd.cache.arrays, bevkd.cache.quantise"
+    assert run(f"import {names}, sys; print('torch' in sys.modules)") == "False\n"
 
 
 CAMERA_STUDENT = """

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ from hypothesis.extra import numpy as hnp
 from bevkd.cache import arrays
 from bevkd.cache.arrays import arrays_for
 from bevkd.cache.encoding import Encoded, decode, encode
+from bevkd.cache.quantise import Quantised, quantise
 from bevkd.cache.spec import SignalSpec
 from bevkd.errors import CacheError
-from bevkd.types import Boxes
+from bevkd.geometry.masks import spread
+from bevkd.types import Boxes, BoxPoints, Instances, SparseMap
 
 SHAPE = (3, 4, 5)
 quick = settings(max_examples=60, deadline=None)
@@ -94,7 +97,7 @@ def test_logit8_floors_exactly_the_probabilities_under_a_thousandth(value: Any) 
 
 
 @quick
-@given(maps(-100, 100), st.sampled_from(["float16", "int8"]))
+@given(maps(-100, 100), st.sampled_from(["float16", "root8", "int8"]))
 def test_the_measured_error_is_the_error_of_what_is_read_back(value: Any, name: str) -> None:
     encoded = encode("bev_low", loose(name), value, "t")
     restored = decoded("bev_low", loose(name), encoded).double().numpy()
@@ -114,12 +117,30 @@ def test_the_measured_error_is_the_error_of_what_is_read_back(value: Any, name: 
         ("heatmap", "logit8", (3, 4, 5)),
         ("box_code", "float16", (2, 10, 4, 5)),
         ("box_code", "int8", (2, 10, 4, 5)),
+        ("bev_high", "root8", (3, 4, 5)),
+        ("heatmap", "logits", (3, 4, 5)),
+        ("box_code", "root8", (2, 10, 4, 5)),
+        ("box_code", "sparse", (2, 10, 4, 5)),
         ("boxes", "boxes", ()),
+        ("points_low", "float16", (9, 4)),
+        ("points_high", "root8", (9, 4)),
+        ("instances", "masks", ()),
     ],
 )
 def test_stored_arrays_are_the_declared_ones(signal: str, name: str, shape: tuple[int, ...]) -> None:
     spec = SignalSpec.model_validate({"encoding": name})
-    value = boxes(2) if signal == "boxes" else torch.rand(shape)
+    values = (
+        {
+            "boxes": boxes(2),
+            "points_low": points(3),
+            "points_high": points(3),
+            "instances": instances((5, 3)),
+            "box_code": SparseMap(torch.rand(shape), torch.ones(4, 5) > 0) if name == "sparse" else torch.rand(shape),
+        }
+        if len(shape) != 3
+        else {}
+    )
+    value = values.get(signal, torch.rand(shape))
     stored = encode(signal, spec, value, "t").arrays
     declared = {array.name: (array.shape, array.dtype) for array in arrays_for(signal, spec, shape)}
     assert {key: (array.shape, array.dtype.name) for key, array in stored.items()} == declared
@@ -128,7 +149,7 @@ def test_stored_arrays_are_the_declared_ones(signal: str, name: str, shape: tupl
         assert array.nbytes == stored[array.name].nbytes
 
 
-@pytest.mark.parametrize("name", ["float16", "uint8", "int8"])
+@pytest.mark.parametrize("name", ["float16", "root8", "uint8", "int8"])
 def test_an_empty_map_is_exact(name: str) -> None:
     encoded = encode("bev_low", loose(name), torch.zeros(SHAPE), "t")
     assert encoded.error == 0
@@ -164,7 +185,7 @@ def test_a_batch_decodes_like_its_samples() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", ["float16", "uint8", "int8", "logit8"])
+@pytest.mark.parametrize("name", ["float16", "root8", "uint8", "int8", "logits", "logit8"])
 def test_non_finite_values_are_refused(bad: float, name: str) -> None:
     value = torch.ones(SHAPE)
     value[1, 2, 3] = bad
@@ -180,7 +201,7 @@ def test_negative_values_in_uint8_are_refused_with_the_way_out() -> None:
 def test_an_error_beyond_the_limit_is_refused_with_the_way_out() -> None:
     value = torch.full(SHAPE, 0.6)
     value[:, 0, 0] = 100.0
-    with pytest.raises(CacheError, match=r"'tok-7'.*allowed are 0\.001.*Set signals\.bev_low\.encoding: float16"):
+    with pytest.raises(CacheError, match=r"'tok-7'.*allowed are 0\.001.*Set signals\.bev_low\.encoding: root8"):
         encode("bev_low", SignalSpec(encoding="uint8", max_error=0.001), value, "tok-7")
 
 
@@ -229,7 +250,7 @@ def test_boxes_under_the_lowest_score_are_dropped() -> None:
 def test_non_finite_boxes_are_refused(column: int) -> None:
     bad = boxes(3)
     bad.values[1, column] = torch.nan
-    with pytest.raises(CacheError, match="boxes of sample 'tok-7': 1 boxes hold non-finite values, the first is box 1"):
+    with pytest.raises(CacheError, match="boxes of sample 'tok-7': 1 rows hold non-finite values, the first is box 1"):
         encode("boxes", SignalSpec(encoding="boxes"), bad, "tok-7")
 
 
@@ -238,3 +259,191 @@ def test_an_infinite_velocity_is_refused() -> None:
     bad.values[1, 7] = torch.inf
     with pytest.raises(CacheError, match="non-finite"):
         encode("boxes", SignalSpec(encoding="boxes"), bad, "t")
+
+
+# ---------------------------------------------------------------------------------------------- root8 and logits
+
+
+@quick
+@given(maps(-(2.0**20), 2.0**20), st.integers(1, 127))
+def test_root8_is_within_half_a_step_of_the_root_and_keeps_sign_and_zeros(value: Any, levels: int) -> None:
+    spec = loose("root8").model_copy(update={"levels": levels})
+    encoded = quantise("root8", value.reshape(3, -1), levels)
+    restored = decoded("bev_high", spec, Encoded(arrays_of(encoded, value), 0, 0)).numpy()
+    assert np.array_equal(np.sign(restored), np.sign(value))
+    assert np.abs(encoded.levels.astype(int)).max() <= levels
+    step = np.sqrt(encoded.scales)[:, None, None]
+    lifted = np.abs(encoded.levels.reshape(value.shape)) == 1
+    near = np.abs(np.sqrt(np.abs(restored)) - np.sqrt(np.abs(value))) <= step * 0.501
+    assert (near | lifted).all()
+
+
+def arrays_of(encoded: Quantised, value: Any) -> dict[str, Any]:
+    return {"bev_high": encoded.levels.reshape(value.shape), "bev_high_scale": encoded.scales}
+
+
+def test_root8_keeps_small_values_of_a_channel_with_a_high_peak() -> None:
+    generator = np.random.default_rng(0)
+    value = np.exp(generator.normal(0, 2, (4, 30, 30))).astype(np.float32)  # heavy tails, as teachers have
+    assert value.max() / np.median(value) > 100
+    small = value < np.median(value)
+    errors = {}
+    for name in ("uint8", "root8"):
+        restored = decoded("bev_low", loose(name), encode("bev_low", loose(name), value, "t")).numpy()
+        errors[name] = np.linalg.norm((restored - value)[small]) / np.linalg.norm(value[small])
+    assert errors["root8"] < errors["uint8"] / 3
+
+
+@quick
+@given(maps(-60, 60))
+def test_logits_keep_both_probabilities_that_losses_read(value: Any) -> None:
+    spec = SignalSpec(encoding="logits", max_error=0.02)
+    encoded = encode("heatmap", spec, value, "t")
+    before, after = torch.from_numpy(value), decoded("heatmap", spec, encoded)
+    worst = max(
+        (before.sigmoid() - after.sigmoid()).abs().max(), ((before / 2).sigmoid() - (after / 2).sigmoid()).abs().max()
+    )
+    assert worst <= encoded.error + 1e-5 <= 0.0191
+
+
+def test_logits_tell_small_probabilities_apart_which_logit8_does_not() -> None:
+    value = torch.tensor([-16.0, -12.0, -9.0, -7.0, -3.0, 2.0]).view(1, 1, 6)
+    new, old = (
+        decoded("heatmap", spec, encode("heatmap", spec, value, "t")) for spec in (loose("logits"), loose("logit8"))
+    )
+    assert torch.allclose(new, value, atol=0.04)
+    assert len(old[..., :4].unique()) == 1
+
+
+def test_equal_logits_are_exact() -> None:
+    value = torch.full(SHAPE, -2.19)
+    assert torch.allclose(decoded("heatmap", loose("logits"), encode("heatmap", loose("logits"), value, "t")), value)
+
+
+# ---------------------------------------------------------------------------------------------- sparse maps
+
+
+@quick
+@given(hnp.arrays(np.bool_, (4, 5)), st.integers(0, 100))
+def test_sparse_keeps_known_cells_in_half_precision_and_says_which_they_are(known: Any, seed: int) -> None:
+    value = torch.randn(2, 10, 4, 5, generator=torch.Generator().manual_seed(seed))
+    spec = SignalSpec(encoding="sparse")
+    encoded = encode("box_code", spec, SparseMap(value, torch.from_numpy(known)), "t")
+    stored = {key: torch.from_numpy(array)[None] for key, array in encoded.arrays.items()}
+    restored = decode("box_code", spec, stored)
+    assert isinstance(restored, SparseMap)
+    assert np.array_equal(restored.known[0].numpy(), known)
+    assert torch.equal(restored.values[0], torch.where(restored.known[0], value.half().float(), torch.zeros(())))
+
+
+def test_a_dense_map_for_sparse_is_refused() -> None:
+    with pytest.raises(CacheError, match=r"box_code of sample 't' is Tensor, but .* stores SparseMap"):
+        encode("box_code", SignalSpec(encoding="sparse"), torch.zeros(2, 10, 4, 5), "t")
+
+
+# ---------------------------------------------------------------------------------------------- points
+
+
+def points(count: int, seed: int = 0) -> BoxPoints:
+    generator = torch.Generator().manual_seed(seed)
+    return BoxPoints(torch.randn(count, 7, generator=generator), torch.randn(count, 9, 4, generator=generator))
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("float16", 1e-3), ("root8", 0.02)])
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_points_come_back_with_the_boxes_they_belong_to(name: str, tolerance: float, count: int) -> None:
+    spec = SignalSpec.model_validate({"encoding": name, "capacity": 6})
+    given_points = points(count)
+    restored = decoded("points_low", spec, encode("points_low", spec, given_points, "t"))
+    assert torch.equal(restored.boxes, given_points.boxes)
+    assert restored.values.shape == (count, 9, 4)
+    assert float((restored.values - given_points.values).norm()) <= tolerance * float(given_points.values.norm() + 1e-9)
+
+
+def test_more_points_than_the_capacity_are_refused_by_name() -> None:
+    with pytest.raises(CacheError, match=r"points_low of sample 't' has 3 boxes, signals\.points_low\.capacity is 2"):
+        encode("points_low", SignalSpec(encoding="root8", capacity=2), points(3), "t")
+
+
+def test_a_batch_of_points_keeps_frames_apart() -> None:
+    spec = SignalSpec(encoding="root8", capacity=4)
+    encoded = [encode("points_high", spec, points(count, count), "t").arrays for count in (2, 0, 4)]
+    batch = {key: torch.stack([torch.from_numpy(one[key]) for one in encoded]) for key in encoded[0]}
+    restored = decode("points_high", spec, batch)
+    assert isinstance(restored, tuple)
+    assert [len(each) for each in restored] == [2, 0, 4]
+
+
+def test_points_that_are_not_finite_are_refused() -> None:
+    bad = points(2)
+    bad.values[1, 3, 0] = torch.nan
+    with pytest.raises(CacheError, match="points_low of sample 't' has 1 non-finite values"):
+        encode("points_low", SignalSpec(encoding="root8"), bad, "t")
+
+
+# ---------------------------------------------------------------------------------------------- instances
+
+
+def disc(height: int, width: int) -> Any:
+    rows, columns = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    return rows**2 + columns**2 <= 1
+
+
+def instances(*sizes: tuple[int, int], scores: list[float] | None = None) -> Instances:
+    n = len(sizes)
+    boxes = torch.tensor([[10.5, 20, 10.5 + w, 20 + h] for h, w in sizes]).reshape(n, 4)
+    return Instances(
+        torch.arange(n) % 6, boxes, torch.arange(n), torch.tensor(scores or [0.9] * n), tuple(disc(*s) for s in sizes)
+    )
+
+
+def test_instances_come_back_with_masks_spread_over_their_boxes() -> None:
+    spec = SignalSpec(encoding="masks", resolution=32, max_error=0.05)
+    given_instances = instances((200, 90), (7, 5), (64, 400))
+    encoded = encode("instances", spec, given_instances, "t")
+    restored = decoded("instances", spec, encoded)
+    for name in ("cameras", "boxes", "labels"):
+        assert torch.equal(getattr(restored, name), getattr(given_instances, name))
+    assert {tuple(mask.shape) for mask in restored.masks} == {(32, 32)}
+    overlaps = [
+        float((exact & back).sum() / (exact | back).sum())
+        for exact, mask in zip(given_instances.masks, restored.masks, strict=True)
+        for back in [spread(mask, *exact.shape)]
+    ]
+    assert encoded.error == pytest.approx(1 - sum(overlaps) / 3, abs=1e-6)
+    assert min(overlaps) > 0.95
+
+
+@quick
+@given(hnp.arrays(np.bool_, st.tuples(st.integers(1, 8), st.integers(1, 8))))
+def test_masks_not_larger_than_their_grid_are_exact(mask: Any) -> None:
+    spec = SignalSpec(encoding="masks", resolution=64)
+    given_instances = dataclasses.replace(instances(mask.shape), masks=(torch.from_numpy(mask),))
+    (restored,) = decoded("instances", spec, encode("instances", spec, given_instances, "t")).masks
+    assert np.array_equal(spread(restored, *mask.shape).numpy(), mask)
+
+
+def test_masks_that_a_grid_cannot_hold_are_refused_with_the_way_out() -> None:
+    noise = torch.rand(300, 300, generator=torch.Generator().manual_seed(0)) > 0.5
+    hard = dataclasses.replace(instances((300, 300)), masks=(noise,))
+    with pytest.raises(CacheError, match=r"Raise signals\.instances\.resolution or signals\.instances\.max_error"):
+        encode("instances", SignalSpec(encoding="masks"), hard, "t")
+
+
+def test_no_instances_are_a_valid_sample() -> None:
+    spec = SignalSpec(encoding="masks")
+    encoded = encode("instances", spec, Instances.empty(), "t")
+    assert encoded.error == 0
+    assert len(decoded("instances", spec, encoded)) == 0
+
+
+def test_instances_over_capacity_keep_the_highest_scores() -> None:
+    spec = SignalSpec(encoding="masks", capacity=2, max_error=0.1)
+    many = instances((9, 9), (9, 9), (9, 9), scores=[0.5, 0.2, 0.9])
+    assert decoded("instances", spec, encode("instances", spec, many, "t")).labels.tolist() == [0, 2]
+
+
+def test_a_mask_without_pixels_is_refused() -> None:
+    empty = dataclasses.replace(instances((4, 4)), masks=(torch.zeros(0, 4, dtype=torch.bool),))
+    with pytest.raises(CacheError, match="the mask of instance 0 is"):
+        encode("instances", SignalSpec(encoding="masks"), empty, "t")

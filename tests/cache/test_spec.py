@@ -8,22 +8,34 @@ import yaml
 from pydantic import ValidationError
 
 from bevkd.cache.spec import CacheSpec, load_spec
+from bevkd.distill.unidistill import Config as UniDistill
 from bevkd.errors import ConfigError
-from bevkd.types import SIGNALS
+from bevkd.signals import MAPS
 
 
 def spec(**signals: object) -> CacheSpec:
     return CacheSpec.model_validate({"name": "test", "signals": signals})
 
 
-@pytest.mark.parametrize("name", ["unidistill", "boxes", "all_float16"])
+SHIPPED = ("all_float16", "all_methods", "boxes", "instances", "points", "unidistill", "x3kd")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_specs_load_by_name(name: str) -> None:
     assert load_spec(name).name == name
 
 
-def test_the_unidistill_spec_stores_every_signal() -> None:
-    encodings = {signal: stored.encoding for signal, stored in load_spec("unidistill").signals.items()}
-    assert encodings == dict(zip(SIGNALS, ("uint8", "uint8", "logit8", "float16", "boxes"), strict=True))
+def test_the_specs_of_the_methods_store_what_their_losses_read() -> None:
+    stored = {name: set(load_spec(name).signals) for name in SHIPPED}
+    assert stored["unidistill"] == stored["all_methods"] == {*MAPS, "boxes"}
+    assert stored["x3kd"] == {"bev_low", "bev_high", "boxes"}
+    assert set(UniDistill(source="points", response=0).signals()) == stored["points"]
+    assert set(UniDistill(pseudo_score=0.5).signals()) <= stored["unidistill"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_no_shipped_spec_uses_an_encoding_of_the_first_release_that_blurs_gradients(name: str) -> None:
+    assert not {"uint8", "int8", "logit8"} & {stored.encoding for stored in load_spec(name).signals.values()}
 
 
 def test_the_float16_spec_quantises_nothing() -> None:
@@ -37,7 +49,7 @@ def test_a_spec_loads_from_a_path(tmp_path: Path) -> None:
 
 
 def test_an_unknown_spec_names_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"unknown cache spec 'unidistil'\. Known: all_float16, boxes, unidistill"):
+    with pytest.raises(ConfigError, match=r"unknown cache spec 'unidistil'\. Known: all_float16, .*unidistill"):
         load_spec("unidistil")
 
 
@@ -60,8 +72,10 @@ def test_all_faults_of_a_spec_are_reported_at_once(tmp_path: Path) -> None:
     ("signal", "encoding", "advice"),
     [
         ("boxes", "float16", "set it to boxes"),
-        ("bev_low", "boxes", "set it to float16, uint8 or int8"),
-        ("bev_low", "logit8", "only holds the logits of heatmap"),
+        ("bev_low", "boxes", "set it to float16, root8, uint8 or int8"),
+        ("bev_low", "logits", "set it to float16, root8, uint8 or int8"),
+        ("points_low", "sparse", "set it to float16 or root8"),
+        ("instances", "boxes", "set it to masks"),
         ("bev_mid", "uint8", "is no signal; signals are bev_low"),
     ],
 )
@@ -71,7 +85,7 @@ def test_an_encoding_that_cannot_hold_its_signal_is_refused(signal: str, encodin
 
 
 def test_a_spec_survives_its_own_json() -> None:
-    for name in ("unidistill", "boxes", "all_float16"):
+    for name in SHIPPED:
         loaded = load_spec(name)
         assert CacheSpec.model_validate(loaded.model_dump(mode="json")) == loaded
 

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from bevkd.cache.encoding import decode, encode
+from bevkd.cache.spec import SignalSpec
 from bevkd.data.collate import Batch
 from bevkd.distill.base import DistillContext, TeacherBatch, sample_at
 from bevkd.distill.unidistill import (
@@ -22,11 +25,14 @@ from bevkd.distill.unidistill import (
     relation_loss,
     response_losses,
 )
+from bevkd.errors import ContractError
 from bevkd.geometry.affine import BEVAffine
 from bevkd.geometry.boxes import nine_points
+from bevkd.geometry.sampling import foreground_cells, points_of
 from bevkd.grid import BEVGrid
 from bevkd.models.detector import DetectorOutput
 from bevkd.models.heads.center import HeadOutput
+from bevkd.signals import POINTS
 from bevkd.types import Boxes, Signals
 from tests.geometry.strategies import D4
 from tests.golden import T
@@ -339,3 +345,96 @@ def test_canonical_points_are_where_augmented_points_came_from() -> None:
     distance = torch.cdist(back, expected)
     assert float(distance.min(dim=1).values.max()) < 1e-5
     assert float(distance.min(dim=2).values.max()) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------- points for maps
+
+
+def with_points(teacher: TeacherBatch, annotated: tuple[Boxes, ...], precision: str) -> TeacherBatch:
+    """Return the teacher with its points, after a way through the encoding, instead of its maps."""
+    points = {}
+    for name, source in POINTS.items():
+        spec = SignalSpec.model_validate({"encoding": precision, "max_error": 0.05, "capacity": 8})
+        exact = [
+            points_of(each, found, GRID) for each, found in zip(teacher.canonical.need(source), annotated, strict=True)
+        ]
+        arrays = [encode(name, spec, each, "t").arrays for each in exact]
+        stored = {key: torch.stack([torch.from_numpy(each[key]) for each in arrays]) for key in arrays[0]}
+        points[name] = tuple(exact) if precision == "float16" else decode(name, spec, stored)
+    return dataclasses.replace(teacher, canonical=Signals(**points))
+
+
+SPUN = (BEVAffine(flip_x=True, rotation_rad=0.3, scale=1.05), BEVAffine(rotation_rad=-1.1, translation_m=(0.4, 0.2, 0)))
+
+
+@pytest.mark.parametrize("affines", [IDENTITY, SPUN])
+def test_points_give_the_loss_of_maps(affines: tuple[BEVAffine, ...]) -> None:
+    teacher, student = teacher_batch(1, affines), student_output(0, 2)
+    augmented = tuple(affine.apply_to_boxes(each) for affine, each in zip(affines, GOLDEN, strict=True))
+    batch = batch_of(augmented, [True, True], affines)
+    maps = UniDistill(Config(response=0), context())(student, teacher, batch)
+    config = Config(response=0, source="points")
+    assert config.signals() == ("points_low", "points_high")
+    points = UniDistill(config, context())(student, with_points(teacher, GOLDEN, "float16"), batch)
+    torch.testing.assert_close(points, maps, rtol=1e-5, atol=1e-5)
+
+
+def test_stored_points_give_the_gradient_of_maps() -> None:
+    teacher, batch = teacher_batch(1, IDENTITY), batch_of(GOLDEN, [True, True], IDENTITY)
+    gradients = []
+    for config, read in (
+        (Config(response=0), teacher),
+        (Config(response=0, source="points"), with_points(teacher, GOLDEN, "root8")),
+    ):
+        student = student_output(0, 2)
+        sum(UniDistill(config, context())(student, read, batch).values(), torch.zeros(())).backward()
+        gradients.append(torch.cat([maps.grad.flatten() for maps in (student.bev_low, student.bev_high)]))
+    assert float(torch.cosine_similarity(*gradients, dim=0)) > 0.995
+
+
+def test_points_of_frames_without_labels_stay_unread() -> None:
+    teacher, student = teacher_batch(1, IDENTITY), student_output(0, 2)
+    loss = UniDistill(Config(response=0, source="points"), context())
+    hidden = batch_of((GOLDEN[0], Boxes.empty()), [True, False], IDENTITY)
+    terms = loss(student, with_points(teacher, GOLDEN, "float16"), hidden)
+    alone = loss(student, with_points(teacher, (GOLDEN[0], Boxes.empty()), "float16"), hidden)
+    torch.testing.assert_close(terms, alone)
+
+
+def test_points_of_other_boxes_than_the_students_are_refused() -> None:
+    teacher = with_points(teacher_batch(1, IDENTITY), GOLDEN, "float16")
+    batch = batch_of((GOLDEN[0], GOLDEN[1][:2]), [True, True], IDENTITY)
+    with pytest.raises(ContractError, match=r"sample 'b' has 2 annotated boxes and points of 3 in the cache"):
+        UniDistill(Config(response=0, source="points"), context())(student_output(0, 2), teacher, batch)
+
+
+@pytest.mark.parametrize("changes", [{"pseudo_score": 0.5}, {"legacy_xy_swap": True}])
+def test_points_cannot_stand_for_everything(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="points"):
+        Config(source="points", **changes)
+
+
+def test_channels_of_points_are_compared_with_the_students() -> None:
+    shapes = {"points_low": (9, 8), "points_high": (9, 6)}
+    misfit = dataclasses.replace(context(), teacher_shapes=shapes)
+    (fault,) = Config(source="points", response=0).misfits(misfit)
+    assert "bev_low has 8 channels in the cache and 4 in the student" in fault
+    assert isinstance(build(Config(source="points", response=0, adapter=True), misfit), UniDistill)
+
+
+# ---------------------------------------------------------------------------------------------- sparse box codes
+
+
+def test_box_codes_that_the_cache_did_not_keep_are_not_read() -> None:
+    teacher = teacher_batch(1, IDENTITY)
+    code = teacher.canonical.need("box_code")
+    known = torch.stack([foreground_cells(each, GRID) for each in GOLDEN])
+    spoilt = torch.where(known[:, None, None], code, 1e6)
+    batch = batch_of(GOLDEN, [True, True], IDENTITY)
+    student, loss = student_output(0, 2), UniDistill(Config(feature=0, relation=0), context())
+    sparse = dataclasses.replace(teacher.canonical, box_code=spoilt, box_code_known=known)
+    kept = loss(student, dataclasses.replace(teacher, canonical=sparse), batch)
+    torch.testing.assert_close(kept, loss(student, teacher, batch))
+    nothing = dataclasses.replace(sparse, box_code_known=torch.zeros_like(known))
+    terms = loss(student, dataclasses.replace(teacher, canonical=nothing), batch)
+    assert {name: value.item() for name, value in terms.items()} == {"response_class": 0.0, "response_box": 0.0}

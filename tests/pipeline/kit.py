@@ -172,9 +172,16 @@ def cache_recipe(world: Path, run: Path, spec: Path, **changes: Any) -> dict[str
         "teacher": {"name": "detector", "run": str(run)},
         "spec": str(spec),
         "batch_size": 2,
-        "workers": 0,
+        "loaders": 0,
         "device": "cpu",
     }
+    return {**values, **changes}
+
+
+def synthetic_recipe(world: Path, spec: Path, **changes: Any) -> dict[str, Any]:
+    """Return the recipe that caches a made-up teacher of small maps on all of the world's training frames."""
+    teacher = {"name": "synthetic", "grid": GRID, "bev_low": 8, "bev_high": 8, "tasks": 2, "boxes": 10}
+    values = {"data": data(world), "teacher": teacher, "spec": str(spec), "loaders": 0, "device": "cpu"}
     return {**values, **changes}
 
 

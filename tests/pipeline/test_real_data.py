@@ -51,7 +51,7 @@ def evaluation_data(real_data: Path) -> list[str]:
 def real_cache(bevkd: Bevkd, real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the cache of a small random teacher on one real frame, made with the recipe that ships."""
     folder = tmp_path_factory.mktemp("real") / "cache"
-    values = {**data(real_data, "mini_train"), **SMALL_TEACHER, "workers": "0"}
+    values = {**data(real_data, "mini_train"), **SMALL_TEACHER, "loaders": "0"}
     bevkd.well("cache-teacher", "nuscenes_cache", "--out", folder, *sets(values))
     return folder
 
