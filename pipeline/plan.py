@@ -236,8 +236,8 @@ class Stage1Cost:
         frames: of a round.
         forward_seconds: of the teacher's passes over all batches, which were in memory.
         stage1_seconds: until the cache of the same batches was sealed.
-        within_seconds: of the same passes while stage 1 was at work. What they take longer than alone is rivalry for the
-            machine; what stage 1 takes beyond them does not overlap.
+        within_seconds: of the same passes while stage 1 was at work. What they take longer than alone is rivalry for
+            the machine; what stage 1 takes beyond them does not overlap.
     """
 
     frames: int

@@ -392,3 +392,18 @@ def test_forked_loader_workers_read_a_remote_cache_that_was_opened_before(
     if copied:
         assert s3.counts() == {"GET shard": 2 * 3}  # arrays of bev_low, blocks
     assert there.signal(there.tokens[0], "bev_low").shape == kit.SHAPES["bev_low"]
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut"])
+def test_a_reader_fetches_a_harmed_copy_again(
+    store: CountingStore, copies: LocalCopies, manifest: Manifest, sealed: Path, harm: str
+) -> None:
+    token = manifest.tokens[0]
+    wanted = CacheReader.open(sealed).read(token, ["bev_low"])["bev_low"]
+    CacheReader(store, manifest, copies).read(token, ["bev_low"])
+    (name,) = (name for name in files(copies) if "-bev_low-0-" in name)
+    data = bytearray((copies.folder / name).read_bytes())
+    data[20] ^= 1
+    (copies.folder / name).write_bytes(data if harm == "flip" else data[:100])
+    assert (CacheReader(store, manifest, copies).read(token, ["bev_low"])["bev_low"] == wanted).all()
+    assert store.fetched.count(KEYS[0]) == 2
