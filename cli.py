@@ -565,6 +565,10 @@ def _message(error: Exception) -> str:
     return text.rpartition(f"\n{name}: ")[2].strip() if "in DataLoader worker process" in text else text
 
 
+_INTERRUPTED = 130
+"""Exit code of the command line when the user stops it."""
+
+
 def main() -> NoReturn:
     """Run the command line: exit code 0 is ok, 1 failed, 2 wrong usage."""
     arguments = sys.argv[1:]
@@ -576,9 +580,10 @@ def main() -> NoReturn:
             raise
         _err.print(f"[bold red]{type(error).__name__}[/bold red]", highlight=False)
         _err.print(escape(_message(error)), highlight=False, soft_wrap=True)
-    except KeyboardInterrupt:
-        _err.print("stopped; to go on, run the same command again (training with --resume)", highlight=False)
-        raise SystemExit(130) from None
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            _err.print("stopped; to go on, run the same command again (training with --resume)", highlight=False)
+        raise
     except OSError as error:
         if debug:
             raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -16,11 +15,10 @@ from torch.utils.data import DataLoader
 
 from bevkd import registry
 from bevkd.cache.arrays import sample_shapes_of
-from bevkd.cache.local import local_path
-from bevkd.cache.manifest import Header, Manifest
+from bevkd.cache.catalogue import stored_bytes
+from bevkd.cache.manifest import Header
 from bevkd.cache.sample import stored_signals
 from bevkd.cache.spec import load_spec
-from bevkd.cache.store import open_store
 from bevkd.cache.writer import CacheWriter
 from bevkd.data.collate import Batch, collate
 from bevkd.data.join import FrameDataset
@@ -207,22 +205,8 @@ def summarise(writer: CacheWriter, out: str, written: int) -> CacheSummary:
     """Return what there is at ``out`` now; a cache that misses no block is sealed, by as many processes as find so."""
     missing = frames_of(writer, writer.pending())
     manifest = None if missing else writer.seal()
-    size = bytes_per_frame(manifest) if manifest else None
+    size = stored_bytes(manifest) / len(manifest.tokens) if manifest else None
     return CacheSummary(out, manifest.name if manifest else None, len(writer.header.tokens), written, missing, size)
-
-
-def bytes_per_frame(manifest: Manifest) -> float:
-    """Return the mean size of a frame in a cache, in bytes on disk."""
-    stored = sum(shard.bytes for record in manifest.records for shard in record.arrays.values())
-    return stored / len(manifest.tokens)
-
-
-def free_bytes(uri: str) -> int | None:
-    """Return the free space where the cache at ``uri`` goes; None for an object store, which has no bound."""
-    if open_store(uri).remote:
-        return None
-    folder = local_path(uri).absolute()
-    return shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
 
 
 def check_space(writer: CacheWriter, uri: str) -> None:
@@ -231,7 +215,7 @@ def check_space(writer: CacheWriter, uri: str) -> None:
     Raises:
         CacheError: says how much is missing, and how much room there is.
     """
-    needed, free = writer.missing_bytes(), free_bytes(uri)
+    needed, free = writer.missing_bytes(), writer.store.free_bytes()
     if free is not None and needed > free:
         raise CacheError(
             f"{uri} needs about {needed:,} more bytes, its disk has {free:,} free. Make room, or choose another "

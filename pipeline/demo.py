@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bevkd.cache.catalogue import stored_bytes
 from bevkd.cache.reader import CacheReader
 from bevkd.data.collate import collate
 from bevkd.data.join import FrameDataset
@@ -27,7 +28,7 @@ from bevkd.models.weights import load_weights
 from bevkd.progress import Progress
 from bevkd.training.tracking import read_log
 from bevkd.types import Boxes
-from pipeline.cache_teacher import bytes_per_frame, cache_teacher
+from pipeline.cache_teacher import cache_teacher
 from pipeline.parts import open_source
 from pipeline.recipe import TrainRecipe, load_cache, load_student, load_train
 from pipeline.train_teacher import train_teacher
@@ -110,7 +111,8 @@ def run_demo(out: Path, seed: int, progress: Progress) -> DemoResult:
     progress.note("5/5 pictures")
     rows = {run: json.loads((out / run / "result.json").read_text(encoding="utf-8")) for run in ROLES}
     pictures = _draw(out, teacher, load_student("demo_student", _overrides(world, seed)), rows)
-    size = bytes_per_frame(CacheReader.open(cache).manifest)
+    manifest = CacheReader.open(cache).manifest
+    size = stored_bytes(manifest) / len(manifest.tokens)
     result = DemoResult(rows, size, pictures, time.monotonic() - started)
     (out / "result.json").write_text(json.dumps(result.to_json(), indent=1), encoding="utf-8")
     return result

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bevkd.cache.manifest import BlockRecord, Header, to_json
 from bevkd.cache.shard import metadata_files
+from bevkd.cache.store import open_store
 from bevkd.cache.writer import CacheWriter
 from bevkd.data.collate import Batch, collate
 from bevkd.data.images import ImageView
@@ -24,7 +25,7 @@ from bevkd.data.join import FrameDataset
 from bevkd.data.source import FrameSource, Sensor
 from bevkd.progress import Progress, Silent, Task
 from bevkd.types import Boxes, Frame, Signals
-from pipeline.cache_teacher import Share, Stage, free_bytes, load_batches, prepare, stored_of, write_blocks
+from pipeline.cache_teacher import Share, Stage, load_batches, prepare, stored_of, write_blocks
 from pipeline.overlap import Stored, encoding_threads
 from pipeline.recipe import CacheRecipe
 
@@ -172,7 +173,7 @@ def plan_cache(
         devices=devices,
         loaders=recipe.loaders,
         encoders=encoding_threads(),
-        free_bytes=free_bytes(out) if out else None,
+        free_bytes=open_store(out).free_bytes() if out else None,
     )
 
 

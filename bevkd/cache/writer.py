@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import errno
 import math
+import random
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -45,9 +46,12 @@ from bevkd.types import Boxes
 PATIENCE_S = 10.0
 """How long an attempt waits for the record of another attempt that has published its shards."""
 REMOTE_PATIENCE_S = 60.0
-"""The same where publishing is an upload."""
+SLOW_UPLOAD_BYTES_PER_S = 5e6
+"""The same where publishing is an upload: so long, and what a slow network takes for the block."""
 
-_POLL_S = 0.05
+POLL_S, REMOTE_POLL_S = 0.05, 1.0
+"""Pauses between two looks for that record; a look at an object store is a request per array."""
+
 _TYPICAL_RATIO = {"float16": 0.9, "uint8": 0.4, "int8": 0.9, "logits": 0.7, "logit8": 0.6, "root8": 0.5, "sparse": 0.1}
 _TYPICAL_ROWS = 0.15
 """How many rows of a ragged array are used."""
@@ -277,17 +281,34 @@ class CacheWriter:
         return encode(signal, self.header.spec.signals[signal], value, token)
 
     def _commit(self, record: BlockRecord, staged: Mapping[str, Path], files: Mapping[str, FileRecord]) -> None:
-        deadline = time.monotonic() + (REMOTE_PATIENCE_S if self.store.remote else PATIENCE_S)
-        seized = False
+        deadline = time.monotonic() + self._patience(files)
         while not self._is_committed(record.block):
-            seized = time.monotonic() > deadline
-            if self.store.publish(staged, files, seize=seized):
+            if time.monotonic() > deadline:
+                self._seize(record, staged, files)
+            elif self.store.publish(staged, files):
                 self.store.create(record_key(record.block), manifest.to_json(record))
             else:
-                time.sleep(_POLL_S)
-        if seized and self._record(record.block) != record:
-            # The other attempt was slow, not dead: its record describes shards that this attempt has replaced.
-            self.store.replace(record_key(record.block), manifest.to_json(record))
+                time.sleep(REMOTE_POLL_S if self.store.remote else POLL_S)
+
+    def _seize(self, record: BlockRecord, staged: Mapping[str, Path], files: Mapping[str, FileRecord]) -> None:
+        """Take a block from an attempt that seems dead: replace its shards, and its record if it comes after all.
+
+        An attempt that has begun to replace shards must end with its own record beside them, whoever else writes.
+        """
+        key, text = record_key(record.block), manifest.to_json(record)
+        while True:
+            if self.store.publish(staged, files, seize=True):
+                if not self.store.create(key, text):
+                    self.store.replace(key, text)
+                if self.store.publish(staged, files) and self._record(record.block) == record:
+                    return
+            # Another attempt seizes too: one of them has to come second.
+            time.sleep(random.SystemRandom().uniform(1, 10) * POLL_S)
+
+    def _patience(self, files: Mapping[str, FileRecord]) -> float:
+        if not self.store.remote:
+            return PATIENCE_S
+        return REMOTE_PATIENCE_S + sum(file.bytes for file in files.values()) / SLOW_UPLOAD_BYTES_PER_S
 
     def _discard(self, staged: Mapping[str, Path], block: int) -> None:
         try:

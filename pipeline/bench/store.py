@@ -31,7 +31,8 @@ class BenchSettings:
 
     Attributes:
         cache, student: recipes whose teacher and losses are measured; ``overrides`` are of the first.
-        frames: of the data set, for bytes and gradients; stage 1 takes four times as many.
+        frames: of the data set, for bytes and gradients. Stage 1 takes ten times as many, so that its start and end
+            weigh as little as in a real cache.
         rounds: of the reads, in each of which every store reads the same three samples.
         sections: any of ``SECTIONS``.
     """
@@ -135,7 +136,7 @@ def _stage1(settings: BenchSettings, progress: Progress) -> dict[str, Any]:
 
     recipe = _cache_recipe(settings, ALL_SPEC, progress)
     with tempfile.TemporaryDirectory(dir=settings.out) as scratch:
-        found = stage1_over_forward(recipe, f"{scratch}/cache", 4 * settings.frames, progress)
+        found = stage1_over_forward(recipe, f"{scratch}/cache", 10 * settings.frames, progress)
     return {"stage1_over_forward": found.ratio, "stage1": asdict(found)}
 
 

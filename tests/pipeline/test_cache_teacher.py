@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bevkd.cache.local import LocalStore
 from bevkd.cache.manifest import COMMITS, MANIFEST
 from bevkd.cache.writer import CacheWriter
 from bevkd.errors import CacheError, ConfigError
@@ -280,8 +280,7 @@ def test_a_loader_process_that_fails_ends_the_run_with_the_name_of_the_file_afte
 def test_a_cache_that_does_not_fit_is_refused_with_both_numbers_before_the_teacher_works(
     bevkd: Bevkd, synthetic: Synthetic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(cache_teacher.shutil, "disk_usage", lambda _: usage._replace(free=1234))
+    monkeypatch.setattr(LocalStore, "free_bytes", lambda _: 1234)
     arguments = ("cache-teacher", synthetic.recipe, "--out", tmp_path / "cache")
     outcome = bevkd(*arguments)
     assert outcome.code == 1

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from bevkd.cache.local import LocalStore
 from bevkd.cache.reader import CacheReader
-from pipeline import cache_teacher
 from pipeline.parts import open_source
 from pipeline.plan import CachePlan, RepeatedFrames, StageSeconds, stage1_over_forward
 from pipeline.recipe import load_cache
@@ -45,8 +44,7 @@ def test_a_plan_foretells_the_cache_that_follows(bevkd: Bevkd, recipe: Path, tmp
 def test_a_plan_is_a_table_that_says_whether_there_is_room(
     bevkd: Bevkd, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(cache_teacher.shutil, "disk_usage", lambda _: usage._replace(free=1234))
+    monkeypatch.setattr(LocalStore, "free_bytes", lambda _: 1234)
     said = bevkd.well("cache", "plan", recipe, "--out", tmp_path / "cache", "--frames", "1").out
     for words in ("4 in 2 blocks", "1.23 kB, NOT ENOUGH", "device hours", "the slowest part is teacher"):
         assert words in said
