@@ -1,4 +1,4 @@
-"""Which arrays hold a signal: their shapes, types and meaning. Imports no torch, so that looking at a cache is quick.
+"""Which arrays hold a signal: shapes, types, meaning. Imports neither torch nor numpy, so that looking is quick.
 
 Shape letters as in ``bevkd.types``; F the fields of a packed row, R rows of a mask.
 """
@@ -8,8 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import numpy as np
 
 from bevkd.cache.spec import CacheSpec, SignalSpec
 from bevkd.errors import CacheSpecError
@@ -37,6 +35,8 @@ _TYPES = {
     "logit8": "uint8",
 }
 
+_ITEM_BYTES = {"float32": 4, "int32": 4, "float16": 2, "uint8": 1, "int8": 1}
+
 
 @dataclass(frozen=True)
 class ArraySpec:
@@ -58,7 +58,7 @@ class ArraySpec:
     @property
     def nbytes(self) -> int:
         """Bytes of one sample before compression."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
 def arrays_for(signal: str, spec: SignalSpec, sample_shape: tuple[int, ...]) -> tuple[ArraySpec, ...]:

@@ -14,21 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from bevkd.cache.manifest import Header, TeacherIdentity
 from bevkd.cache.reader import CacheReader
-from bevkd.cache.spec import CacheSpec, SignalSpec, load_spec
+from bevkd.cache.spec import CacheSpec, SignalSpec
 from bevkd.cache.writer import CacheWriter
-from bevkd.data.identity import DatasetIdentity
-from bevkd.grid import BEVGrid
-from bevkd.types import Boxes, Instances
+from bevkd.progress import Progress
+from bevkd.types import Instances
 from pipeline.bench import peers
+from pipeline.cache_teacher import Stage, load_batches, prepare, stored_of
+from pipeline.recipe import CacheRecipe
 
-GRID = BEVGrid(x_m=(-54, 54), y_m=(-54, 54), cell_m=0.6)
-CLASSES = tuple(f"class-{index}" for index in range(10))
 SAMPLES = 24
-CHANNELS = {"bev_low": 256, "bev_high": 512}
 _BLOCK = 8
-_CAMERAS, _INSTANCES, _BOXES = 6, 40, 60
+_CAMERAS, _INSTANCES = 6, 40
 
 
 @dataclass(frozen=True)
@@ -50,47 +47,35 @@ class Reading:
     wall_over_limit: float
 
 
-def write_samples(folder: Path) -> None:
-    """Write a cache of all that X3KD reads, with full-size maps, and the same arrays in the format of each peer."""
-    signals = {**load_spec("x3kd").signals, "instances": SignalSpec(encoding="masks")}
-    spec = CacheSpec(name="x3kd", block=_BLOCK, signals=signals)
-    header = Header(
-        spec=spec,
-        teacher=TeacherIdentity(name="bench", architecture={}, weights_sha256="0" * 64),
-        dataset=DatasetIdentity(name="bench", version="1", split="all", frames=SAMPLES, annotation_digest="0"),
-        grid=GRID,
-        classes=CLASSES,
-        tokens=tuple(f"sample-{index}" for index in range(SAMPLES)),
-    )
-    shapes: dict[str, tuple[int, ...]] = {name: (channels, *GRID.shape) for name, channels in CHANNELS.items()}
-    writer = CacheWriter.open(folder / "cache", header, {**shapes, "instances": ()})
+def write_samples(folder: Path, recipe: CacheRecipe, frames: int, progress: Progress) -> None:
+    """Write a cache of all that X3KD reads of the recipe's teacher, and the same arrays in the format of each peer.
+
+    The masks of X-IS, which come from another teacher, are ellipses.
+
+    Args:
+        frames: of the data set; they are repeated until there are ``SAMPLES``.
+    """
+    stage = prepare(recipe, frames, progress)
+    distinct = list(_distinct(stage))
+    signals = {**stage.header.spec.signals, "instances": SignalSpec(encoding="masks")}
+    tokens = tuple(f"sample-{index}" for index in range(SAMPLES))
+    spec = CacheSpec(name=stage.header.spec.name, block=_BLOCK, signals=signals)
+    header = stage.header.model_copy(update={"spec": spec, "tokens": tokens})
+    writer = CacheWriter.open(folder / "cache", header, {**stage.teacher.shapes, "instances": ()})
     rng = np.random.default_rng(0)
     for block in writer.pending():
-        writer.write_block(block, (_sample(rng) for _ in writer.header.block_tokens(block)))
+        numbers = range(block * _BLOCK, block * _BLOCK + len(writer.header.block_tokens(block)))
+        known = ({**distinct[number % len(distinct)], "instances": _instances(rng)} for number in numbers)
+        writer.write_block(block, known)
     writer.seal()
     peers.write_copies(folder)
 
 
-def _sample(rng: np.random.Generator) -> dict[str, Any]:
-    """Return a frame like those of a sparse encoder and a BEV encoder: objects in clusters, ReLU, heavy tails."""
-    return {
-        "bev_low": _map(rng, CHANNELS["bev_low"], 0.2),
-        "bev_high": _map(rng, CHANNELS["bev_high"], 0.5),
-        "boxes": Boxes(
-            torch.from_numpy(rng.normal(size=(_BOXES, 9)).astype(np.float32)),
-            torch.from_numpy(rng.integers(0, len(CLASSES), _BOXES)),
-            torch.from_numpy(rng.uniform(0.1, 1, _BOXES).astype(np.float32)),
-        ),
-        "instances": _instances(rng),
-    }
-
-
-def _map(rng: np.random.Generator, channels: int, occupied: float) -> np.ndarray[Any, np.dtype[np.float32]]:
-    rows, columns = GRID.shape
-    coarse = rng.random((rows // 6, columns // 6)).repeat(6, 0).repeat(6, 1) < occupied
-    scale = rng.gamma(2.0, 0.2, (channels, 1, 1)).astype(np.float32)
-    values = rng.standard_normal((channels, rows, columns), np.float32)
-    return np.maximum(values * scale, 0) * coarse
+def _distinct(stage: Stage) -> Iterator[dict[str, Any]]:
+    """Yield the signals of each frame of a recipe."""
+    for batch in load_batches(stage, stage.header, range(stage.header.blocks)):
+        signals = stage.teacher.infer(batch)
+        yield from (dict(stored_of(stage, batch, signals, index)) for index in range(len(batch.tokens)))
 
 
 def _instances(rng: np.random.Generator) -> Instances:
@@ -103,7 +88,7 @@ def _instances(rng: np.random.Generator) -> Instances:
     return Instances(
         torch.from_numpy(rng.integers(0, _CAMERAS, _INSTANCES)),
         torch.from_numpy(np.concatenate([corner, corner + size], axis=1).astype(np.float32)),
-        torch.from_numpy(rng.integers(0, len(CLASSES), _INSTANCES)),
+        torch.from_numpy(rng.integers(0, 10, _INSTANCES)),
         torch.from_numpy(rng.uniform(0.2, 1, _INSTANCES).astype(np.float32)),
         tuple(masks),
     )

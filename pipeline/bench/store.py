@@ -66,8 +66,7 @@ def bench_store(settings: BenchSettings, progress: Progress) -> dict[str, Any]:
 def _reads(settings: BenchSettings, progress: Progress) -> dict[str, Any]:
     from pipeline.bench import peers, reads
 
-    del progress
-    folder = _samples(settings)
+    folder = _samples(settings, progress)
     readings = reads.measure(folder, settings.rounds, reads=3)
     found = {(reading.name, reading.pages, reading.processes): reading for reading in readings}
     return {
@@ -91,7 +90,7 @@ def _wall_over_bevkd(found: dict[tuple[str, str, int], Reading], name: str, page
     return found[name, pages, 1].wall_ms / found["bevkd", pages, 1].wall_ms
 
 
-def _samples(settings: BenchSettings) -> Path:
+def _samples(settings: BenchSettings, progress: Progress) -> Path:
     """Return the folder of the samples that are read, written now unless they are there."""
     from pipeline.bench import reads
 
@@ -99,7 +98,8 @@ def _samples(settings: BenchSettings) -> Path:
     if not folder.exists():
         with tempfile.TemporaryDirectory(dir=settings.out) as scratch:
             (part := Path(scratch) / "samples").mkdir()
-            reads.write_samples(part)
+            recipe = _cache_recipe(settings, "x3kd", progress)
+            reads.write_samples(part, recipe, 2 * settings.frames, progress)
             part.rename(folder)
     return folder
 
@@ -107,9 +107,9 @@ def _samples(settings: BenchSettings) -> Path:
 def _s3(settings: BenchSettings, progress: Progress) -> dict[str, Any]:
     from pipeline.bench import remote
 
-    del progress
+    samples = _samples(settings, progress)
     with tempfile.TemporaryDirectory(dir=settings.out) as scratch:
-        found = remote.measure(_samples(settings) / "cache", Path(scratch))
+        found = remote.measure(samples / "cache", Path(scratch))
     return {"s3_requests_per_read": found.requests_per_read, "s3": asdict(found)}
 
 

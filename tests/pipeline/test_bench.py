@@ -10,10 +10,11 @@ import pytest
 
 from bevkd.cache.reader import CacheReader
 from bevkd.errors import ConfigError
-from bevkd.grid import BEVGrid
 from bevkd.progress import Silent
 from pipeline.bench import opening, peers, reads
 from pipeline.bench.store import SECTIONS, BenchSettings, bench_store, result_tables
+from pipeline.recipe import load_cache
+from tests.pipeline import kit
 
 KEYS = {
     "read_cpu_over_limit", "peers", "bytes_per_frame", "fp32_over_stored", "gradient_cosine", "stage1_over_forward",
@@ -24,20 +25,25 @@ KEYS = {
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reads, "GRID", BEVGrid(x_m=(-6, 6), y_m=(-6, 6), cell_m=1.0))
-    monkeypatch.setattr(reads, "CHANNELS", {"bev_low": 4, "bev_high": 6})
     monkeypatch.setattr(reads, "SAMPLES", 6)
     monkeypatch.setattr(reads, "_BLOCK", 4)
     monkeypatch.setattr(opening, "FRAMES", 70)
     monkeypatch.setattr(opening, "_ROUNDS", 1)
 
 
+@pytest.fixture(scope="module")
+def recipe(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe of a made-up teacher of small maps."""
+    folder = tmp_path_factory.mktemp("recipe")
+    return kit.write(folder / "cache.yaml", kit.synthetic_recipe(world, Path("x3kd")))
+
+
 @pytest.fixture
-def samples(tmp_path: Path, small: None) -> Path:
+def samples(tmp_path: Path, small: None, recipe: Path) -> Path:
     del small
     folder = tmp_path / "samples"
     folder.mkdir()
-    reads.write_samples(folder)
+    reads.write_samples(folder, load_cache(str(recipe), []), 2, Silent())
     return folder
 
 
@@ -65,10 +71,12 @@ def test_peers_that_fill_buffers_read_every_sample(name: str, samples: Path) -> 
     assert peers.files_of(name, samples)
 
 
-def test_the_sections_that_need_no_teacher_give_their_figures(tmp_path: Path) -> None:
-    settings = BenchSettings(tmp_path, rounds=1, sections=("reads", "s3", "opening"))
+def test_sections_give_the_figures_that_they_promise(tmp_path: Path, recipe: Path) -> None:
+    settings = BenchSettings(tmp_path, cache=str(recipe), rounds=1, sections=("reads", "s3", "opening", "stage1"))
     result = json.loads(json.dumps(bench_store(settings, Silent())))
-    assert KEYS & set(result) == {"read_cpu_over_limit", "peers", "s3_requests_per_read", "open_seconds"}
+    assert KEYS & set(result) == {
+        "read_cpu_over_limit", "peers", "s3_requests_per_read", "open_seconds", "stage1_over_forward",
+    }  # fmt: skip
     assert set(result["peers"]) == set(peers.names()) - {"limit", "bevkd"}
     assert result["s3"]["requests_again"] == 0
     assert result["opening"]["frames"] == 70
