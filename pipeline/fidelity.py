@@ -37,7 +37,12 @@ _INDEX_BYTES = 16  # of one sample in a shard
 
 
 def fidelity(
-    cache: CacheRecipe, student: StudentRecipe, frames: int, at_outputs: bool, progress: Progress
+    cache: CacheRecipe,
+    student: StudentRecipe,
+    frames: int,
+    at_outputs: bool,
+    progress: Progress,
+    only_spec: bool = False,
 ) -> FidelityReport:
     """Return what each choice of encodings costs in bytes and in gradient; trains nothing.
 
@@ -46,6 +51,7 @@ def fidelity(
     Args:
         at_outputs: compare gradients of the student's outputs, which is many times faster and stricter, since
             rounding errors of cells average out in the parameters.
+        only_spec: measure the spec as it is, and none of its variants.
 
     Raises:
         ConfigError: the student's recipe has no distillation losses.
@@ -61,7 +67,7 @@ def fidelity(
     source = open_source(cache.data, sensors, progress)
     tokens = _spread(source.tokens, frames)
     check_files(source, tokens, sensors)
-    meter = _Meter(stage, detector, distill, at_outputs)
+    meter = _Meter(stage, detector, distill, at_outputs, only_spec)
     with progress.task("measuring", len(tokens), "frame") as task:
         for token in tokens:
             meter.add(*_batches(stage, source, detector, token))
@@ -133,8 +139,10 @@ def _with(spec: CacheSpec, changes: Mapping[str, Mapping[str, Any]]) -> CacheSpe
 class _Meter:
     """Adds up, frame by frame, what each variant costs."""
 
-    def __init__(self, stage: Stage, detector: Detector, distill: DistillConfig, at_outputs: bool) -> None:
-        self.stage, self.detector, self.at_outputs = stage, detector, at_outputs
+    def __init__(
+        self, stage: Stage, detector: Detector, distill: DistillConfig, at_outputs: bool, only_spec: bool
+    ) -> None:
+        self.stage, self.detector, self.at_outputs, self.only_spec = stage, detector, at_outputs, only_spec
         context = _context(stage, detector, stage.header.spec)
         self.losses: list[tuple[Any, DistillLoss]] = []
         for config in distill.losses:
@@ -150,7 +158,8 @@ class _Meter:
         sample = self._sample(signals, seen_by_teacher, self.stage.header.spec)
         if not self.rows:
             signed = {name: _lowest(value) < 0 for name, value in sample.items()}
-            self.rows = [Row(name, spec) for name, spec in variants(self.stage.header.spec, signed)]
+            rows = [Row(name, spec) for name, spec in variants(self.stage.header.spec, signed)]
+            self.rows = rows[:1] if self.only_spec else rows
         self.frames += 1
         batch = seen_by_student.to(self.stage.device)
         output = self.detector(batch)

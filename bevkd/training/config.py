@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from bevkd.config import StrictModel
 
@@ -51,3 +51,9 @@ class TrainingConfig(StrictModel):
     log_every: int = Field(10, gt=0)
     checkpoint_every: int = Field(500, ge=0)
     keep: int = Field(2, gt=0)
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _read_no(cls, value: object) -> object:
+        """Return what a bare ``no`` means, which YAML reads as false."""
+        return "no" if value is False else value

@@ -132,8 +132,13 @@ def _dask(settings: BenchSettings, progress: Progress) -> dict[str, Any]:
 
 
 def _stage1(settings: BenchSettings, progress: Progress) -> dict[str, Any]:
+    import torch
+
+    from pipeline.overlap import encoding_threads, usable_cores
     from pipeline.plan import stage1_over_forward
 
+    # A teacher on the CPU leaves the encoders' cores to them, as one on a GPU does; on all cores it could hide nothing.
+    torch.set_num_threads(max(1, usable_cores() - encoding_threads()))
     recipe = _cache_recipe(settings, ALL_SPEC, progress)
     with tempfile.TemporaryDirectory(dir=settings.out) as scratch:
         found = stage1_over_forward(recipe, f"{scratch}/cache", 10 * settings.frames, progress)
@@ -146,7 +151,7 @@ def _sizes(settings: BenchSettings, progress: Progress) -> dict[str, Any]:
     reports = {}
     for spec in SPECS:
         cache, student = _cache_recipe(settings, spec, progress), _student_recipe(settings, spec)
-        reports[spec] = fidelity(cache, student, settings.frames, True, progress)
+        reports[spec] = fidelity(cache, student, settings.frames, False, progress, only_spec=True)
     own = {spec: report.to_json()["rows"][0] for spec, report in reports.items()}
     cosines = dict(own[ALL_SPEC]["gradient_cosine"])
     cosines |= {f"{loss} (points)": value for loss, value in own[POINTS_SPEC]["gradient_cosine"].items()}

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from bevkd.config import PluginConfig
-from pipeline.recipe import DistillConfig
+from pipeline.recipe import DistillConfig, load_student
 
 HOW_TO = Path(__file__).parents[2] / "docs" / "how-to" / "own-loss.md"
 
@@ -30,3 +30,7 @@ def test_the_loss_of_the_how_to_is_one_that_a_recipe_takes() -> None:
     module["Config"].model_rebuild(_types_namespace=module)
     config = DistillConfig(caches={}, losses=(module["Config"](weight=0.5),)).losses[0]
     assert (config.teacher, config.signals(), config.misfits(None)) == ("teacher", ("bev_high",), [])
+
+
+def test_a_bare_no_for_precision_is_the_word_that_yaml_takes_for_false() -> None:
+    assert load_student("demo_student", ["training.precision=no"]).training.precision == "no"
