@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
@@ -18,21 +16,6 @@ from bevkd.cache.verify import verify
 from tests.cache import kit
 
 HEADER = kit.header(24, block=4, signals={name: kit.SIGNALS[name] for name in ("bev_low", "heatmap", "boxes")})
-
-
-@pytest.fixture(scope="module")
-def context() -> Iterator[ForkServerContext]:
-    """Processes forked from a server that has imported everything, so that each starts in milliseconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(
-            "PYTHONPATH", os.pathsep.join([str(Path(kit.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-        )
-        forkserver = multiprocessing.get_context("forkserver")
-        forkserver.set_forkserver_preload(["tests.cache.kit"])
-        process = forkserver.Process(target=kit.nothing)
-        process.start()
-        process.join()
-        yield forkserver
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.pipeline import kit
-from tests.pipeline.kit import Bevkd
+from tests.pipeline.kit import Bevkd, Synthetic
 
 
 @pytest.fixture(scope="session")
@@ -71,3 +71,13 @@ def distilled_recipe(world: Path, cache: Path, tmp_path_factory: pytest.TempPath
 def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip fsync, which only matters when the power fails, and slows these tests down."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture(scope="session")
+def synthetic(bevkd: Bevkd, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Synthetic:
+    """A made-up teacher's recipe and cache."""
+    folder = tmp_path_factory.mktemp("synthetic")
+    spec = kit.write(folder / "spec.yaml", kit.spec(block=1))
+    recipe = kit.write(folder / "cache.yaml", kit.synthetic_recipe(world, spec))
+    bevkd.well("cache-teacher", recipe, "--out", folder / "cache")
+    return Synthetic(recipe, folder / "cache")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -176,6 +176,13 @@ def cache_recipe(world: Path, run: Path, spec: Path, **changes: Any) -> dict[str
         "device": "cpu",
     }
     return {**values, **changes}
+
+
+class Synthetic(NamedTuple):
+    """The recipe of a made-up teacher that caches every frame of the world as a block of its own, and its cache."""
+
+    recipe: Path
+    cache: Path
 
 
 def synthetic_recipe(world: Path, spec: Path, **changes: Any) -> dict[str, Any]:

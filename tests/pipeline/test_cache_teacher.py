@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -25,7 +25,7 @@ from pipeline.cache_teacher import Share
 from pipeline.overlap import Handover, SampleQueue, encoding_threads, write_overlapped
 from tests.cache import kit as cache_kit
 from tests.pipeline import kit
-from tests.pipeline.kit import Bevkd, Outcome
+from tests.pipeline.kit import Bevkd, Outcome, Synthetic
 
 SAMPLES, BLOCK = 11, 4
 
@@ -175,22 +175,6 @@ def test_a_share_that_is_none_is_refused_with_the_way_to_write_it(text: str) -> 
 
 
 # ---------------------------------------------------------------------------------------------- the command
-
-
-class Synthetic(NamedTuple):
-    """The recipe of a made-up teacher that caches every frame of the world as a block of its own, and its cache."""
-
-    recipe: Path
-    cache: Path
-
-
-@pytest.fixture(scope="module")
-def synthetic(bevkd: Bevkd, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Synthetic:
-    folder = tmp_path_factory.mktemp("synthetic")
-    spec = kit.write(folder / "spec.yaml", kit.spec(block=1))
-    recipe = kit.write(folder / "cache.yaml", kit.synthetic_recipe(world, spec))
-    bevkd.well("cache-teacher", recipe, "--out", folder / "cache")
-    return Synthetic(recipe, folder / "cache")
 
 
 def test_a_made_up_cache_says_so(bevkd: Bevkd, synthetic: Synthetic) -> None:

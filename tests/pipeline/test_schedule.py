@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -21,7 +21,7 @@ from bevkd.progress import Silent
 from pipeline import schedule
 from pipeline.recipe import load_cache
 from tests.pipeline import dask_work, kit
-from tests.pipeline.kit import Bevkd
+from tests.pipeline.kit import Bevkd, Synthetic
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -43,22 +43,6 @@ def client(cluster: str) -> Iterator[Client]:
     with schedule.connect(cluster) as client:
         client.wait_for_workers(2)
         yield client
-
-
-class Synthetic(NamedTuple):
-    """The recipe of a made-up teacher that caches every frame of the world as a block of its own, and its cache."""
-
-    recipe: Path
-    cache: Path
-
-
-@pytest.fixture(scope="module")
-def synthetic(bevkd: Bevkd, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Synthetic:
-    folder = tmp_path_factory.mktemp("synthetic")
-    spec = kit.write(folder / "spec.yaml", kit.spec(block=1))
-    recipe = kit.write(folder / "cache.yaml", kit.synthetic_recipe(world, spec))
-    bevkd.well("cache-teacher", recipe, "--out", folder / "cache")
-    return Synthetic(recipe, folder / "cache")
 
 
 # ---------------------------------------------------------------------------------------------- whole caches
