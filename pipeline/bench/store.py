@@ -91,14 +91,14 @@ def _wall_over_bevkd(found: dict[tuple[str, str, int], Reading], name: str, page
 
 
 def _samples(settings: BenchSettings, progress: Progress) -> Path:
-    """Return the folder of the samples that are read, written now unless they are there."""
+    """Return the folder of the samples that are read, written now unless this recipe's are there."""
     from pipeline.bench import reads
 
-    folder = settings.out / "samples"
+    recipe = _cache_recipe(settings, "x3kd", progress)
+    folder = settings.out / f"samples-{config.digest(recipe)[:8]}"
     if not folder.exists():
         with tempfile.TemporaryDirectory(dir=settings.out) as scratch:
             (part := Path(scratch) / "samples").mkdir()
-            recipe = _cache_recipe(settings, "x3kd", progress)
             reads.write_samples(part, recipe, 2 * settings.frames, progress)
             part.rename(folder)
     return folder
@@ -127,7 +127,7 @@ def _dask(settings: BenchSettings, progress: Progress) -> dict[str, Any]:
     from pipeline.schedule import dask_speedup
 
     del progress
-    found = dask_speedup(settings.out)
+    found = dask_speedup(settings.out / "dask")  # it writes a world of its own
     return {"dask_speedup_2": found.ratio, "dask": asdict(found)}
 
 
