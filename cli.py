@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -17,9 +17,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from bevkd.errors import BevkdError
-
-if TYPE_CHECKING:
-    from bevkd.evaluation.nuscenes import Report
 
 app = typer.Typer(
     name="bevkd",
@@ -131,12 +128,6 @@ def _size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def _print_report(report: Report) -> None:
-    from bevkd.evaluation.tables import report_table
-
-    _out.print(report_table(report))
-
-
 def _caches(values: list[str] | None) -> dict[str, str]:
     caches = {}
     for value in values or []:
@@ -201,7 +192,7 @@ def cache_teacher(
 
         summary = story(loaded, out, limit, _Bars(as_json), Share.parse(shard) if shard else Share(), space_check)
     if as_json:
-        _print_json(asdict(summary))
+        _print_json(summary.to_json())
         return
     _out.print(summary.text, highlight=False, soft_wrap=True)
 
@@ -246,7 +237,7 @@ def _show_run(summary: Any, as_json: bool) -> None:
         _print_json(summary.to_json())
         return
     if summary.report is not None:
-        _print_report(summary.report)
+        _out.print(summary.report.table())
     cost = summary.cost
     _out.print(
         f"{summary.run}: {cost.step_seconds:.3f} s per step, {cost.data_wait_fraction:.0%} of it waiting for data, "
@@ -260,11 +251,11 @@ def _show_run(summary: Any, as_json: bool) -> None:
 def evaluate(
     run: Annotated[Path | None, typer.Option(help="Folder of a finished run.")] = None,
     cache: Annotated[str | None, typer.Option(metavar="URI", help="A cache that stores boxes.")] = None,
-    detections: Annotated[Path | None, typer.Option(help="A nuScenes result file.")] = None,
+    detections: Annotated[Path | None, typer.Option(help="A nuScenes result file, or a folder of KITTI ones.")] = None,
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Score a run, a cache's boxes or a result file with the nuScenes metrics."""
+    """Score a run, a cache's boxes or result files with the metrics of their data set."""
     if sum(value is not None for value in (run, cache, detections)) != 1:
         raise typer.BadParameter("give exactly one of --run, --cache and --detections")
     from pipeline import evaluate as story
@@ -279,7 +270,7 @@ def evaluate(
     if as_json:
         _print_json(report.to_json())
     else:
-        _print_report(report)
+        _out.print(report.table())
 
 
 @cache_app.command("info")

@@ -11,5 +11,8 @@ MAPS = ("bev_low", "bev_high", "heatmap", "box_code")
 POINTS = {"points_low": "bev_low", "points_high": "bev_high"}
 """Signals that are samples of a map at the nine points of each annotated box, and that map."""
 
-SIGNALS = (*MAPS, "boxes", *POINTS, "instances")
+FROM_DATA = ("lidar_depth",)
+"""Signals that come from the data set itself, whoever the teacher: stored so that stage 2 opens no point cloud."""
+
+SIGNALS = (*MAPS, "boxes", *POINTS, "instances", *FROM_DATA)
 """Names of all signals."""

@@ -14,7 +14,18 @@ from torch import Tensor
 
 from bevkd.signals import BOX_FIELDS, SIGNALS
 
-__all__ = ["BOX_FIELDS", "SIGNALS", "BoxPoints", "Boxes", "Frame", "Instances", "Rig", "Signals", "SparseMap"]
+__all__ = [
+    "BOX_FIELDS",
+    "SIGNALS",
+    "BoxPoints",
+    "Boxes",
+    "Frame",
+    "Instances",
+    "LidarDepth",
+    "Rig",
+    "Signals",
+    "SparseMap",
+]
 
 
 @dataclass(frozen=True)
@@ -86,11 +97,42 @@ class Rig:
         intrinsics: pixels of the images as they are held beside this rig, after any resize and crop.
         lidar_from_camera: camera frame (x right, y down, z forward) to BEV frame, metres, through the ego poses of
             both timestamps.
+        view_from_original: pixels of the original images to those of the images held beside this rig.
     """
 
     names: tuple[str, ...]
     intrinsics: Float[Tensor, "N 3 3"]
     lidar_from_camera: Float[Tensor, "N 4 4"]
+    view_from_original: Float[Tensor, "N 3 3"]
+
+
+@dataclass(frozen=True)
+class LidarDepth:
+    """Depth of the LiDAR returns of one key frame that the cameras of its rig see.
+
+    Attributes:
+        cameras: index of the camera in the rig.
+        pixels: image position (u, v), edge-based.
+        depth_m: along the optical axis, positive.
+    """
+
+    cameras: Int[Tensor, "d"]
+    pixels: Float[Tensor, "d 2"]
+    depth_m: Float[Tensor, "d"]
+
+    def __len__(self) -> int:
+        return len(self.cameras)
+
+    def __getitem__(self, index: Tensor) -> LidarDepth:
+        return LidarDepth(self.cameras[index], self.pixels[index], self.depth_m[index])
+
+    def to(self, device: torch.device | str) -> LidarDepth:
+        """Return the depths on ``device``."""
+        return LidarDepth(
+            self.cameras.to(device, non_blocking=True),
+            self.pixels.to(device, non_blocking=True),
+            self.depth_m.to(device, non_blocking=True),
+        )
 
 
 @dataclass(frozen=True)
@@ -99,11 +141,14 @@ class Frame:
 
     Attributes:
         token: the sample token, the key of every cache.
-        points: x, y, z (BEV frame, m), intensity (0-255), time lag (s, >= 0, older sweeps are larger).
-        images: RGB.
+        points: x, y, z (BEV frame, m), intensity (as the data set gives it: nuScenes 0-255, KITTI 0-1), time lag (s,
+            >= 0, older sweeps are larger).
+        images: RGB, of the cameras of ``rig``. With the sensor ``previous_camera`` those of the key frame before
+            follow, in a rig that holds every camera twice.
         radar: x, y, z (BEV frame, m), radial velocity compensated for ego motion (vx, vy, m/s, BEV frame),
             radar cross section (dBsm), time lag (s).
         boxes: annotations; None means unlabelled, no boxes means labelled and empty.
+        lidar_depth: in pixels of the ORIGINAL images.
     """
 
     token: str
@@ -113,6 +158,7 @@ class Frame:
     rig: Rig | None = None
     radar: Float[Tensor, "R 7"] | None = None
     boxes: Boxes | None = None
+    lidar_depth: LidarDepth | None = None
 
 
 @dataclass(frozen=True)
@@ -180,6 +226,12 @@ class Instances:
     def __len__(self) -> int:
         return len(self.masks)
 
+    def __getitem__(self, index: Tensor) -> Instances:
+        """Return the instances at ``index``: whether each stays, or the numbers of those that do."""
+        kept = index.nonzero().squeeze(1) if index.dtype == torch.bool else index
+        masks = tuple(self.masks[row] for row in kept.tolist())
+        return Instances(self.cameras[kept], self.boxes[kept], self.labels[kept], self.scores[kept], masks)
+
     def to(self, device: torch.device | str) -> Instances:
         """Return the instances on ``device``."""
         return Instances(
@@ -204,6 +256,7 @@ class Signals:
         box_code_known: cells at which ``box_code`` is known; None means all.
         points_low, points_high: ``bev_low`` and ``bev_high`` at the nine points of each annotated box, per frame.
         instances: objects in the camera images, per frame.
+        lidar_depth: of the data set, in pixels of the ORIGINAL images, per frame.
     """
 
     bev_low: Float[Tensor, "B C Y X"] | None = None
@@ -215,6 +268,7 @@ class Signals:
     points_low: tuple[BoxPoints, ...] | None = None
     points_high: tuple[BoxPoints, ...] | None = None
     instances: tuple[Instances, ...] | None = None
+    lidar_depth: tuple[LidarDepth, ...] | None = None
 
     def need(self, name: str) -> Tensor:
         """Return the map ``name``, which the contract check has promised."""

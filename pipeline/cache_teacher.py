@@ -6,9 +6,9 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch.utils.data import DataLoader
@@ -18,11 +18,12 @@ from bevkd.cache.arrays import sample_shapes_of
 from bevkd.cache.catalogue import stored_bytes
 from bevkd.cache.manifest import Header
 from bevkd.cache.sample import stored_signals
-from bevkd.cache.spec import load_spec
+from bevkd.cache.self_check import SelfCheck
+from bevkd.cache.spec import CacheSpec, load_spec
 from bevkd.cache.writer import CacheWriter
 from bevkd.data.collate import Batch, collate
-from bevkd.data.join import FrameDataset
-from bevkd.data.source import FrameSource
+from bevkd.data.join import FrameDataset, View
+from bevkd.data.source import FrameSource, Sensor
 from bevkd.errors import CacheError, ConfigError
 from bevkd.progress import Progress, Task
 from bevkd.teachers.base import Teacher
@@ -30,6 +31,7 @@ from bevkd.types import Signals
 from pipeline.overlap import Handover, SampleQueue, Stored, usable_cores, write_overlapped
 from pipeline.parts import check_files, choose_device, open_source
 from pipeline.recipe import CacheRecipe
+from pipeline.self_check import check_boxes
 
 # Where things lie, how fast they are read and which labels were hidden says nothing about a cache.
 _NOT_OF_THE_CACHE = {
@@ -53,6 +55,7 @@ class CacheSummary:
         written: of them in this run.
         missing: of them not there yet.
         bytes_per_frame: on disk; None while blocks are missing.
+        self_check: how its boxes score; None while blocks are missing, and if it was sealed without.
     """
 
     path: str
@@ -61,6 +64,12 @@ class CacheSummary:
     written: int
     missing: int
     bytes_per_frame: float | None
+    self_check: SelfCheck | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the summary as plain values."""
+        check = self.self_check.to_json() if self.self_check else None
+        return asdict(replace(self, self_check=None)) | {"self_check": check}
 
     @property
     def text(self) -> str:
@@ -68,7 +77,8 @@ class CacheSummary:
         there = f"{self.frames - self.missing} of {self.frames} frames in {self.path}, {self.written} written now"
         if self.name is None or self.bytes_per_frame is None:
             return f"{there}; the process that writes the last of the others seals the cache"
-        return f"{there}, {self.bytes_per_frame / 1e3:.1f} kB per frame\nname {self.name}"
+        check = f"\nself-check: {self.self_check.text}" if self.self_check else ""
+        return f"{there}, {self.bytes_per_frame / 1e3:.1f} kB per frame\nname {self.name}{check}"
 
 
 @dataclass(frozen=True)
@@ -113,11 +123,16 @@ class Stage:
     source: FrameSource
     header: Header
 
+    @property
+    def view(self) -> View:
+        """What to load of a frame: what the teacher reads, and what the spec stores of the data set itself."""
+        return view_for(self.teacher, self.header.spec)
+
     def check_files(self, share: Share) -> None:
         """Refuse missing and damaged sensor files of the blocks of ``share``, all of them at once."""
         own = share.of(range(self.header.blocks))
         tokens = [token for block in own for token in self.header.block_tokens(block)]
-        check_files(self.source, tokens, self.teacher.view.sensors)
+        check_files(self.source, tokens, self.view.sensors)
 
     def open_writer(self, uri: str) -> CacheWriter:
         """Return a writer for the cache at ``uri``, which is begun if it is not there."""
@@ -149,7 +164,7 @@ def cache_teacher(
     written = frames_of(writer, pending)
     with progress.task("caching", frames, "frame", done=frames - written) as task:
         write_blocks(stage, writer, pending, task)
-    return summarise(writer, out, written)
+    return summarise(stage.source, recipe, writer, out, written, progress)
 
 
 def prepare(recipe: CacheRecipe, limit: int | None, progress: Progress, device: torch.device | None = None) -> Stage:
@@ -167,7 +182,7 @@ def prepare(recipe: CacheRecipe, limit: int | None, progress: Progress, device: 
     spec = load_spec(recipe.spec)
     teacher: Teacher = registry.load("bevkd.teachers", recipe.teacher.name).build(recipe.teacher, classes, device)
     sample_shapes_of(spec, teacher.shapes, teacher.identity.name)  # refuses what the teacher does not write
-    source = open_source(recipe.data, teacher.view.sensors, progress)
+    source = open_source(recipe.data, view_for(teacher, spec).sensors, progress)
     header = Header(
         spec=spec,
         teacher=teacher.identity,
@@ -179,6 +194,12 @@ def prepare(recipe: CacheRecipe, limit: int | None, progress: Progress, device: 
         licence=recipe.licence,
     )
     return Stage(recipe, device, teacher, source, header)
+
+
+def view_for(teacher: Teacher, spec: CacheSpec) -> View:
+    """Return what to load of a frame for a cache."""
+    from_data: frozenset[Sensor] = frozenset({"lidar_depth"}) if "lidar_depth" in spec.signals else frozenset()
+    return replace(teacher.view, sensors=teacher.view.sensors | from_data)
 
 
 def write_blocks(stage: Stage, writer: CacheWriter, blocks: Sequence[int], task: Task, processes: bool = True) -> None:
@@ -201,12 +222,19 @@ def frames_of(writer: CacheWriter, blocks: Sequence[int]) -> int:
     return sum(len(writer.header.block_tokens(block)) for block in blocks)
 
 
-def summarise(writer: CacheWriter, out: str, written: int) -> CacheSummary:
-    """Return what there is at ``out`` now; a cache that misses no block is sealed, by as many processes as find so."""
-    missing = frames_of(writer, writer.pending())
-    manifest = None if missing else writer.seal()
-    size = stored_bytes(manifest) / len(manifest.tokens) if manifest else None
-    return CacheSummary(out, manifest.name if manifest else None, len(writer.header.tokens), written, missing, size)
+def summarise(
+    source: FrameSource, recipe: CacheRecipe, writer: CacheWriter, out: str, written: int, progress: Progress
+) -> CacheSummary:
+    """Return what there is at ``out`` now; a cache that misses no block is sealed, by as many processes as find so.
+
+    Its boxes are scored before, and the scores go into the seal.
+    """
+    frames, missing = len(writer.header.tokens), frames_of(writer, writer.pending())
+    if missing:
+        return CacheSummary(out, None, frames, written, missing, None, None)
+    manifest = writer.seal(partial(check_boxes, source, recipe.data, progress))
+    size = stored_bytes(manifest) / frames
+    return CacheSummary(out, manifest.name, frames, written, 0, size, manifest.self_check)
 
 
 def check_space(writer: CacheWriter, uri: str) -> None:
@@ -229,7 +257,7 @@ def load_batches(stage: Stage, header: Header, blocks: Sequence[int], processes:
 
     The first ones are being loaded when this returns.
     """
-    dataset = FrameDataset(stage.source, header.tokens, stage.teacher.view)
+    dataset = FrameDataset(stage.source, header.tokens, stage.view)
     size, block = stage.recipe.batch_size, header.spec.block
     plan = [
         list(range(start, min(start + size, (each + 1) * block, len(header.tokens))))
@@ -290,6 +318,7 @@ def _infer(stage: Stage, batches: Iterator[Batch], queue: SampleQueue, task: Tas
 def stored_of(stage: Stage, batch: Batch, signals: Signals, index: int) -> Stored:
     """Return what the cache stores of one frame of a batch, on the CPU."""
     annotated = [boxes if known else None for boxes, known in zip(batch.boxes, batch.labelled.tolist(), strict=True)]
+    signals = replace(signals, lidar_depth=batch.lidar_depth)
     with torch.inference_mode():
         return stored_signals(signals, annotated, stage.header.spec, stage.header.grid, index)
 

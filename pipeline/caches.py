@@ -12,6 +12,8 @@ from bevkd.cache.manifest import Manifest, open_manifest
 from bevkd.cache.store import open_store
 from bevkd.errors import CacheError
 
+_UNCHECKED = "none; 'bevkd evaluate --cache' scores the boxes"
+
 
 def info(uri: str) -> dict[str, Any]:
     """Return what a person asks of a cache, as plain values."""
@@ -27,6 +29,7 @@ def info(uri: str) -> dict[str, Any]:
         "grid": str(manifest.grid),
         "frame of maps and boxes": manifest.frame,
         "signals": {name: _signal(manifest, name) for name in manifest.spec.signals},
+        "self-check": manifest.self_check.text if manifest.self_check else _UNCHECKED,
         "kB per frame": round(size / len(manifest.tokens) / 1e3, 1),
         "bytes": size,
         "licence": manifest.licence or "not stated",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,12 +9,11 @@ from bevkd.cache.reader import CacheReader
 from bevkd.config import apply_overrides, parse, read_yaml
 from bevkd.data.source import FrameSource
 from bevkd.errors import ConfigError, ContractError
-from bevkd.evaluation.nuscenes import Report, evaluate, load_detections, to_results
 from bevkd.evaluation.predict import predict
+from bevkd.evaluation.score import Report, evaluate, metrics_of
 from bevkd.models.detector import Detector
 from bevkd.models.weights import load_weights
 from bevkd.progress import Progress
-from bevkd.training.checkpoint import write_atomic
 from pipeline.parts import check_files, choose_device, contract, open_source
 from pipeline.recipe import EvaluateRecipe, EvaluationConfig, StudentRecipe
 
@@ -33,6 +31,7 @@ def open_evaluation(config: EvaluationConfig, detector: Detector, progress: Prog
             f"evaluation.data.classes has {', '.join(source.classes)}, but the detector is trained on data.classes: "
             f"{', '.join(detector.classes)}. Give both the same list, in the same order."
         )
+    metrics_of(source)  # refuses now, not after the training
     check_files(source, source.tokens, sensors)
     return source
 
@@ -42,7 +41,7 @@ def evaluate_detector(
 ) -> Report:
     """Predict on the frames of ``source``, keep the detections in the run folder, and return their metrics."""
     found = predict(detector, source, source.tokens, progress, config.batch_size)
-    write_atomic(run / "detections.json", json.dumps(to_results(source, found)).encode())
+    metrics_of(source).save_detections(run, source, found)
     return evaluate(source, found, max_distance_m=config.max_distance_m)
 
 
@@ -90,10 +89,13 @@ def source_of_cache(reader: CacheReader, overrides: Sequence[str]) -> FrameSourc
 
 
 def evaluate_detections(path: Path, overrides: Sequence[str]) -> Report:
-    """Return the metrics of a nuScenes result file; ``overrides`` say which data set it belongs to."""
-    where = "the data set of the detections (give --set data.root=FOLDER, and data.version and data.split)"
+    """Return the metrics of detections in the format of their data set, which ``overrides`` name.
+
+    That is nuScenes unless they say otherwise.
+    """
+    where = "the data set of the detections (give --set data.root=FOLDER, data.split, and data.name or data.version)"
     source = _source({"data": {"name": "nuscenes"}}, overrides, where)
-    return evaluate(source, load_detections(path, source))
+    return evaluate(source, metrics_of(source).load_detections(path, source))
 
 
 def _source(values: dict[str, object], overrides: Sequence[str], where: str) -> FrameSource:

@@ -320,6 +320,7 @@ class RepeatedFrames:
 
     def __init__(self, source: FrameSource, count: int) -> None:
         self.identity, self.classes = source.identity, source.classes
+        self.metrics: str | None = None  # tokens of its own have no ground truth that metrics would find
         self._source = source
         self._original = {f"{source.tokens[k % len(source.tokens)]}#{k}": k % len(source.tokens) for k in range(count)}
         self.tokens = tuple(self._original)

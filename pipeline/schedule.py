@@ -131,7 +131,7 @@ def cache_on_workers(
     pending = writer.pending()
     if pending and space_check:
         check_space(writer, out)
-    teacher = stage.teacher.identity.fingerprint
+    teacher, source = stage.teacher.identity.fingerprint, stage.source
     del stage
     if pending:
         uri = absolute_uri(out)
@@ -144,7 +144,7 @@ def cache_on_workers(
             work = partial(cache_block, portable(recipe), uri, teacher)
             failed = _cache_all(client, work, writer, pending, progress, 0 if own else _SPARE)
         _report(out, writer, failed)
-    return summarise(writer, out, frames_of(writer, pending))
+    return summarise(source, recipe, writer, out, frames_of(writer, pending), progress)
 
 
 def portable(recipe: CacheRecipe) -> str:

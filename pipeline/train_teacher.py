@@ -12,5 +12,5 @@ from pipeline.training import PLAIN, RunSummary, seeded_detector, train
 
 def train_teacher(recipe: TrainRecipe, run: Path, resume: bool, progress: Progress) -> RunSummary:
     """Train the detector of ``recipe`` in the folder ``run`` and evaluate it."""
-    source = open_source(recipe.data, recipe.detector.sensors, progress)
+    source = open_source(recipe.data, recipe.detector.training_sensors, progress)
     return train(recipe, source, seeded_detector(recipe), PLAIN, run, resume, progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from bevkd.cache.reader import CacheReader
 from bevkd.config import digest
 from bevkd.data.join import TrainingDataset
 from bevkd.data.sampler import BlockShuffle, FrameOrder
-from bevkd.data.source import FrameSource
+from bevkd.data.source import FrameSource, Sensor
 from bevkd.distill.base import DistillLoss
 from bevkd.errors import ContractError
-from bevkd.evaluation.nuscenes import Report
-from bevkd.models.detector import Detector, view_of
+from bevkd.evaluation.score import Report
+from bevkd.models.detector import Detector, DetectorConfig, view_of
 from bevkd.progress import Progress
 from bevkd.training.checkpoint import write_atomic
 from bevkd.training.loop import Trainer, TrainingResult
@@ -58,12 +58,14 @@ class Distillation:
         losses: label, cache and loss.
         unlabelled: train on frames without labels too.
         shuffle: None shuffles all frames alike.
+        depth: the cache that depth supervision reads; None loads point clouds for it.
     """
 
     caches: Mapping[str, tuple[CacheReader, tuple[str, ...]]]
     losses: list[tuple[str, str, DistillLoss]]
     unlabelled: bool
     shuffle: BlockShuffle | None = None
+    depth: CacheReader | None = None
 
 
 PLAIN = Distillation({}, [], unlabelled=False)
@@ -86,7 +88,7 @@ def train(
     unlabelled = [token for token in source.tokens if token not in source.labelled] if distillation.unlabelled else []
     if not labelled and not unlabelled:
         raise ContractError("no frame to train on: none has labels. Raise data.labels, or distil on all frames.")
-    view = view_of(detector.config)
+    view = replace(view_of(detector.config), sensors=loaded_sensors(detector.config, distillation.depth is not None))
     check_files(source, [*labelled, *unlabelled], view.sensors)
     dataset = TrainingDataset(
         source,
@@ -95,6 +97,7 @@ def train(
         recipe.augment,
         distillation.caches,
         recipe.training.seed,
+        distillation.depth,
     )
     device = choose_device(recipe.device)
     evaluation = recipe.evaluation
@@ -126,6 +129,11 @@ def train(
     if is_main_process():
         write_atomic(run / "result.json", json.dumps(summary.to_json(), indent=1).encode())
     return summary
+
+
+def loaded_sensors(config: DetectorConfig, cached_depth: bool) -> frozenset[Sensor]:
+    """Return what training loads from sensor files."""
+    return config.training_sensors - (frozenset({"lidar_depth"}) if cached_depth else frozenset())
 
 
 def seeded_detector(recipe: TrainRecipe) -> Detector:

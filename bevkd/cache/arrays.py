@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from bevkd.cache.spec import CacheSpec, SignalSpec
 from bevkd.errors import CacheSpecError
-from bevkd.signals import BOX_FIELDS, MAPS, POINTS
+from bevkd.signals import BOX_FIELDS, FROM_DATA, MAPS, POINTS
 
 LOGIT_LIMIT = 12.0
 LOGIT_FLOOR = math.log(0.001 / 0.999)
@@ -23,6 +23,9 @@ LOGIT_CUT = 18.5
 
 BOX_ROW = (*BOX_FIELDS, "score", "label")
 POINT_BOX_ROW = BOX_FIELDS[:7]
+DEPTH_ROW = ("camera", "u", "v", "depth")
+DEPTH_PER_PIXEL, DEPTH_PER_METRE = 4, 64
+"""Steps in which ``depth`` stores image positions and depths; 16 bits reach 16383 pixels and 1023 m."""
 INSTANCE_ROW = ("camera", "left", "top", "right", "bottom", "score", "label")
 
 _TYPES = {
@@ -35,7 +38,7 @@ _TYPES = {
     "logit8": "uint8",
 }
 
-_ITEM_BYTES = {"float32": 4, "int32": 4, "float16": 2, "uint8": 1, "int8": 1}
+_ITEM_BYTES = {"float32": 4, "int32": 4, "uint16": 2, "float16": 2, "uint8": 1, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ def arrays_for(signal: str, spec: SignalSpec, sample_shape: tuple[int, ...]) -> 
         return _boxes(signal, spec)
     if spec.encoding == "masks":
         return _instances(signal, spec)
+    if spec.encoding == "depth":
+        return _depth(signal, spec)
     if signal in POINTS:
         return _points(signal, spec, sample_shape)
     return _map(signal, spec, sample_shape)
@@ -101,7 +106,7 @@ def sample_shapes_of(
     shapes: dict[str, tuple[int, ...]] = {}
     faults = []
     for signal, stored in spec.signals.items():
-        needed = {POINTS.get(signal, signal)} - {"boxes"}
+        needed = {POINTS.get(signal, signal)} - {"boxes", *FROM_DATA}
         needed |= {"heatmap"} if stored.encoding == "sparse" else set()
         if absent := sorted(needed - set(written)):
             faults.append(f"signals.{signal} needs {' and '.join(absent)}")
@@ -186,4 +191,15 @@ def _instances(signal: str, spec: SignalSpec) -> tuple[ArraySpec, ...]:
         ArraySpec(signal, (spec.capacity, size, size // 8), "uint8", ("instance", "row", "column_by_8"), bits),
         _count(signal, f"number of instances of {signal}"),
         ArraySpec(f"{signal}_fields", (spec.capacity, len(INSTANCE_ROW)), "float32", ("instance", "field"), fields),
+    )
+
+
+def _depth(signal: str, spec: SignalSpec) -> tuple[ArraySpec, ...]:
+    meaning = (
+        f"fields: {', '.join(DEPTH_ROW)}, each the difference to the row before, modulo 65536; u and v in "
+        f"1/{DEPTH_PER_PIXEL} pixel of the original image, depth in 1/{DEPTH_PER_METRE} m; field by field"
+    )
+    return (
+        ArraySpec(signal, (len(DEPTH_ROW), spec.capacity), "uint16", ("field", "return"), meaning),
+        _count(signal, f"the first {signal}_count columns of {signal} count"),
     )

@@ -92,6 +92,9 @@ def differences(first: Manifest, second: Manifest) -> list[str]:
         found.append(f"tokens: {len(old - new)} only in the first, {len(new - old)} only in the second{same}")
     elif first.spec.block == second.spec.block:
         found += _shard_differences(first, second)
+    if first.self_check != second.self_check:
+        checks = (cache.self_check.summary if cache.self_check else "none" for cache in (first, second))
+        found.append("self_check: {} in the first; {} in the second".format(*checks))
     return found
 
 

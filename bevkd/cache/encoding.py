@@ -20,14 +20,21 @@ from bevkd.cache.quantise import Array, Encoded, Quantised, quantise
 from bevkd.cache.spec import SignalSpec
 from bevkd.errors import CacheError
 from bevkd.signals import POINTS
-from bevkd.types import Boxes, BoxPoints, Instances, SparseMap
+from bevkd.types import Boxes, BoxPoints, Instances, LidarDepth, SparseMap
 
 __all__ = ["Array", "Decoded", "Encoded", "Value", "decode", "encode", "shape_of"]
 
-Value = Tensor | Array | Boxes | SparseMap | BoxPoints | Instances
+Value = Tensor | Array | Boxes | SparseMap | BoxPoints | Instances | LidarDepth
 """A signal of one sample: a map (torch or numpy), or what else a signal is."""
 
-Decoded = Float[Tensor, "B ..."] | SparseMap | tuple[Boxes, ...] | tuple[BoxPoints, ...] | tuple[Instances, ...]
+Decoded = (
+    Float[Tensor, "B ..."]
+    | SparseMap
+    | tuple[Boxes, ...]
+    | tuple[BoxPoints, ...]
+    | tuple[Instances, ...]
+    | tuple[LidarDepth, ...]
+)
 """A signal of a batch."""
 
 
@@ -46,6 +53,8 @@ def encode(signal: str, spec: SignalSpec, value: Value, token: str) -> Encoded:
         encoded = ragged.encode_boxes(signal, spec, value, token)
     elif isinstance(value, Instances):
         encoded = ragged.encode_instances(signal, spec, value, token)
+    elif isinstance(value, LidarDepth):
+        encoded = ragged.encode_depth(signal, spec, value, token)
     elif isinstance(value, BoxPoints):
         exact = _finite(signal, spec, value.values, token)
         encoded = ragged.encode_points(signal, spec, exact, _float32(value.boxes), token)
@@ -63,7 +72,7 @@ def encode(signal: str, spec: SignalSpec, value: Value, token: str) -> Encoded:
 
 def shape_of(value: Value) -> tuple[int, ...] | None:
     """Return the shape that a map has, or each box's points; None for boxes and instances."""
-    if isinstance(value, Boxes | Instances):
+    if isinstance(value, Boxes | Instances | LidarDepth):
         return None
     if isinstance(value, BoxPoints):
         return tuple(value.values.shape[1:])
@@ -80,6 +89,8 @@ def decode(signal: str, spec: SignalSpec, stored: Mapping[str, Tensor]) -> Decod
         return ragged.decode_boxes(signal, stored)
     if spec.encoding == "masks":
         return ragged.decode_instances(signal, stored)
+    if spec.encoding == "depth":
+        return ragged.decode_depth(signal, stored)
     if signal in POINTS:
         return ragged.decode_points(signal, stored)
     if spec.encoding == "float16":
@@ -97,7 +108,7 @@ def decode(signal: str, spec: SignalSpec, stored: Mapping[str, Tensor]) -> Decod
 
 
 def _check_kind(signal: str, spec: SignalSpec, value: Value, token: str) -> None:
-    kinds = {"boxes": Boxes, "masks": Instances, "sparse": SparseMap}
+    kinds = {"boxes": Boxes, "masks": Instances, "sparse": SparseMap, "depth": LidarDepth}
     wanted: Any = BoxPoints if signal in POINTS else kinds.get(spec.encoding, Tensor | np.ndarray)
     if not isinstance(value, wanted):
         name = getattr(wanted, "__name__", "a map (Tensor or ndarray)")

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, JsonValue, model_validator
 
 from bevkd.cache import blocks
 from bevkd.cache.arrays import ArraySpec, all_arrays
+from bevkd.cache.self_check import SelfCheck
 from bevkd.cache.spec import CacheSpec, SignalName
 from bevkd.cache.store import FileRecord, Store
 from bevkd.config import StrictModel, digest, parse
@@ -178,11 +179,13 @@ class Manifest(Header):
     Attributes:
         name: SHA-256 of everything else in the manifest, which is the cache's name.
         files: the ``zarr.json`` files by path in the cache.
+        self_check: how its boxes score; None if whoever sealed the cache did not look.
     """
 
     name: Sha256
     records: tuple[BlockRecord, ...]
     files: dict[str, FileRecord]
+    self_check: SelfCheck | None = None
 
     @model_validator(mode="after")
     def _check_records(self) -> Self:

@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Bool, UInt8
 from torch import Tensor
 
-from bevkd.cache.arrays import BOX_ROW, INSTANCE_ROW
+from bevkd.cache.arrays import BOX_ROW, DEPTH_PER_METRE, DEPTH_PER_PIXEL, INSTANCE_ROW
 from bevkd.cache.quantise import Array, Encoded, quantise
 from bevkd.cache.spec import SignalSpec
 from bevkd.errors import CacheError
 from bevkd.geometry.masks import shrink, spread
-from bevkd.types import Boxes, BoxPoints, Instances
+from bevkd.types import Boxes, BoxPoints, Instances, LidarDepth
 
 
 def encode_boxes(signal: str, spec: SignalSpec, boxes: Boxes, token: str) -> Encoded:
@@ -125,6 +125,46 @@ def decode_instances(signal: str, stored: Mapping[str, Tensor]) -> tuple[Instanc
         decoded.append(
             Instances(camera.long(), torch.stack(box, dim=-1), label.round().long(), score, tuple(masks.unbind()))
         )
+    return tuple(decoded)
+
+
+_BAND_PX = 16
+_DEPTH_STEPS = np.array([1, DEPTH_PER_PIXEL, DEPTH_PER_PIXEL, DEPTH_PER_METRE], np.float32)
+
+
+def encode_depth(signal: str, spec: SignalSpec, depth: LidarDepth, token: str) -> Encoded:
+    """Return LiDAR depths as stored arrays, ordered along bands of image rows, where neighbours have similar depths.
+
+    The error is the relative L2 norm of the difference of the depths.
+
+    Raises:
+        CacheError: more returns than ``spec.capacity``, or values beyond what 16 bits hold.
+    """
+    fields = [depth.cameras[:, None], depth.pixels, depth.depth_m[:, None]]
+    exact = torch.cat([field.detach().to("cpu", torch.float32) for field in fields], dim=1).numpy()
+    if len(exact) > spec.capacity:
+        raise CacheError(
+            f"{signal} of sample '{token}' has {len(exact)} returns, signals.{signal}.capacity is {spec.capacity}. "
+            "Raise it; unused columns take next to no space."
+        )
+    steps = np.rint(exact * _DEPTH_STEPS)
+    _check_finite(signal, "return", exact, np.isfinite(exact) & (steps >= 0) & (steps < 2**16), token)
+    order = np.lexsort((steps[:, 1], exact[:, 2] // _BAND_PX, steps[:, 0]))
+    exact, stored = exact[order], steps[order].T.astype(np.uint16)
+    error = np.linalg.norm(stored[3] / np.float32(DEPTH_PER_METRE) - exact[:, 3])
+    norm = np.linalg.norm(exact[:, 3])
+    padded = np.zeros((len(stored), spec.capacity), np.uint16)
+    padded[:, : len(exact)] = np.diff(stored, axis=1, prepend=np.uint16(0))
+    return Encoded({signal: padded, f"{signal}_count": _count(exact)}, float(error / norm) if norm else 0.0, 1.0)
+
+
+def decode_depth(signal: str, stored: Mapping[str, Tensor]) -> tuple[LidarDepth, ...]:
+    """Return the LiDAR depths of each sample, in pixels of the original images."""
+    decoded = []
+    for differences, count in zip(stored[signal], stored[f"{signal}_count"].tolist(), strict=True):
+        camera, u, v, depth = differences[:, :count].int().cumsum(dim=1) % 2**16
+        pixels = torch.stack([u, v], dim=1) / DEPTH_PER_PIXEL
+        decoded.append(LidarDepth(camera.long(), pixels, depth / DEPTH_PER_METRE))
     return tuple(decoded)
 
 

@@ -19,7 +19,7 @@ from bevkd.cache.store import Store, open_store
 from bevkd.data.identity import DatasetIdentity
 from bevkd.errors import CacheError
 from bevkd.grid import BEVGrid
-from bevkd.types import Boxes, BoxPoints, Instances, SparseMap
+from bevkd.types import Boxes, BoxPoints, Instances, LidarDepth, SparseMap
 
 if TYPE_CHECKING:
     from bevkd.cache.local_copy import LocalCopies
@@ -136,7 +136,15 @@ class CacheReader:
         assert isinstance(boxes, Boxes)  # the spec's validator sees to it
         return boxes
 
-    def signal(self, token: str, name: str) -> Float[Tensor, "..."] | Boxes | SparseMap | BoxPoints | Instances:
+    def lidar_depth(self, token: str) -> LidarDepth:
+        """Return the LiDAR's depth in the cameras of one sample, in pixels of the original images."""
+        depth = self.signal(token, "lidar_depth")
+        assert isinstance(depth, LidarDepth)  # the spec's validator sees to it
+        return depth
+
+    def signal(
+        self, token: str, name: str
+    ) -> Float[Tensor, "..."] | Boxes | SparseMap | BoxPoints | Instances | LidarDepth:
         """Return one decoded signal of one sample: a float32 map, or what else the signal is."""
         stored = {key: array[None] for key, array in self.tensors(token, [name]).items()}
         return decode(name, self.manifest.spec.signals[name], stored)[0]

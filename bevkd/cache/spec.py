@@ -20,7 +20,7 @@ def _known(name: str) -> str:
 
 
 SignalName = Annotated[str, AfterValidator(_known)]
-Encoding = Literal["float16", "root8", "uint8", "int8", "logits", "logit8", "sparse", "boxes", "masks"]
+Encoding = Literal["float16", "root8", "uint8", "int8", "logits", "logit8", "sparse", "boxes", "masks", "depth"]
 
 _ENCODINGS: dict[str, tuple[Encoding, ...]] = {
     "bev_low": ("float16", "root8", "uint8", "int8"),
@@ -31,6 +31,7 @@ _ENCODINGS: dict[str, tuple[Encoding, ...]] = {
     "points_low": ("float16", "root8"),
     "points_high": ("float16", "root8"),
     "instances": ("masks",),
+    "lidar_depth": ("depth",),
 }
 """What can hold each signal."""
 
@@ -41,7 +42,8 @@ class SignalSpec(StrictModel):
     Attributes:
         encoding: ``float16`` keeps values as they are. ``root8`` quantises maps and points to the root of their value,
             with one scale per channel of a map or per point, and is right for nearly all. ``logits`` quantises class
-            logits evenly. ``sparse`` keeps box codes where objects are. ``boxes`` stores boxes, ``masks`` instances.
+            logits evenly. ``sparse`` keeps box codes where objects are. ``boxes`` stores boxes, ``masks`` instances,
+            ``depth`` the depth of LiDAR returns in 1/4 pixel and 1/64 m.
             ``uint8`` and ``int8`` quantise maps evenly, ``logit8`` folds logits under -6.9 into one: of the first
             caches, still read and written. ``root8`` and ``logits`` keep gradients better at about the same size.
         max_error: largest error a stored sample may have: the relative L2 norm of the difference; for logits the
@@ -50,8 +52,8 @@ class SignalSpec(StrictModel):
         levels: of ``root8`` on each side of zero; fewer take fewer bytes.
         threshold: ``sparse`` keeps the cells at which a class has at least this probability, and those around
             annotated boxes and around the teacher's boxes above this score.
-        capacity: most boxes or instances per sample. Beyond it the highest scores are kept; of points, which have no
-            scores, the sample is refused.
+        capacity: most boxes, instances or depths per sample. Beyond it the highest scores are kept; of points and
+            depths, which have no scores, the sample is refused.
         min_score: boxes and instances with a lower score are not stored.
         resolution: rows and columns of a stored mask, spread over its box; a multiple of 8.
     """
@@ -60,7 +62,7 @@ class SignalSpec(StrictModel):
     max_error: float = Field(default=0.02, gt=0, le=1)
     levels: int = Field(default=127, ge=1, le=127)
     threshold: float = Field(default=0.3, gt=0, lt=1)
-    capacity: int = Field(default=500, ge=1, le=10_000)
+    capacity: int = Field(default=500, ge=1, le=100_000)
     min_score: float = Field(default=0.05, ge=0, le=1)
     resolution: int = Field(default=64, ge=8, le=512, multiple_of=8)
 

@@ -18,10 +18,10 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from bevkd.cache import manifest, shard
 from bevkd.cache.arrays import arrays_for, sample_shapes_of
@@ -37,6 +37,8 @@ from bevkd.cache.manifest import (
     record_key,
     refuse_foreign,
 )
+from bevkd.cache.reader import CacheReader
+from bevkd.cache.self_check import SelfCheck
 from bevkd.cache.spec import CacheSpec
 from bevkd.cache.store import FileRecord, Store, open_store
 from bevkd.config import parse
@@ -160,8 +162,12 @@ class CacheWriter:
             self._discard(staged, block)
         return self._record(block)
 
-    def seal(self) -> Manifest:
+    def seal(self, self_check: Callable[[CacheReader], SelfCheck] | None = None) -> Manifest:
         """Return the manifest, written now unless the cache is sealed already.
+
+        Args:
+            self_check: scores the boxes in a cache that is complete but not sealed. It has to be a pure function of
+                content, so that all processes that seal the cache write the same manifest.
 
         Raises:
             CacheError: blocks are missing, or shards do not fit their records.
@@ -182,9 +188,15 @@ class CacheWriter:
             data["files"] = {
                 key: self.store.record(key).model_dump(mode="json") for key in shard.metadata_files(self.header)
             }
+            if self_check is not None:
+                data["self_check"] = self_check(self._reader(data)).model_dump(mode="json")
             data["name"] = manifest.name_of(data)
             self.store.replace(MANIFEST, manifest.to_json(data))
             return manifest.read_manifest(self.store)
+
+    def _reader(self, data: Mapping[str, Any]) -> CacheReader:
+        """Return a reader of the cache whose manifest, not yet written, is ``data``."""
+        return CacheReader(self.store, parse(Manifest, {**data, "name": manifest.name_of(data)}, self.store.uri))
 
     def missing_bytes(self) -> int:
         """Return about how many bytes the pending blocks will take, from the committed ones if there are any."""

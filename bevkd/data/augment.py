@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -89,4 +90,12 @@ def apply_affine(frame: Frame, affine: BEVAffine) -> Frame:
         rig=None
         if frame.rig is None
         else replace(frame.rig, lidar_from_camera=(matrix @ frame.rig.lidar_from_camera.double()).float()),
+        radar=None if frame.radar is None else _move_radar(frame.radar, affine),
+    )
+
+
+def _move_radar(radar: Float[Tensor, "R 7"], affine: BEVAffine) -> Float[Tensor, "R 7"]:
+    """Return radar returns with positions moved and velocities turned with them."""
+    return torch.cat(
+        [affine.apply_to_points(radar[:, :3]), affine.apply_to_vectors(radar[:, 3:5]), radar[:, 5:]], dim=1
     )

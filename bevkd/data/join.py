@@ -15,6 +15,7 @@ from bevkd.data.images import ImageView
 from bevkd.data.sampler import FrameOrder, mix
 from bevkd.data.source import FrameSource, Sensor
 from bevkd.geometry.affine import BEVAffine
+from bevkd.geometry.camera import move_depth
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class TrainingDataset(Dataset[Sample]):
     Args:
         order: which frame stands where.
         caches: reader and the signals to read, by cache name.
+        depth: the cache that holds ``lidar_depth``, which is then not loaded from point clouds.
     """
 
     def __init__(
@@ -63,17 +65,17 @@ class TrainingDataset(Dataset[Sample]):
         augment: AugmentConfig,
         caches: Mapping[str, tuple[CacheReader, tuple[str, ...]]],
         seed: int,
+        depth: CacheReader | None = None,
     ) -> None:
         self.source, self.view, self.order, self.augment = source, view, order, augment
-        self.caches, self.seed = caches, seed
+        self.caches, self.seed, self.depth = caches, seed, depth
 
     def __getitem__(self, position: int) -> Sample:
         token = self.order[position]
         generator = torch.Generator().manual_seed(mix(self.seed, position))
         affine = BEVAffine.sample(self.augment.bev, generator)
-        views = None
+        views, height, width = None, self.view.image_height, self.view.image_width
         if "camera" in self.view.sensors:
-            height, width = self.view.image_height, self.view.image_width
             views = {
                 name: draw_view(size, height, width, self.augment.image, generator)
                 for name, size in self.source.image_sizes(token).items()
@@ -81,5 +83,10 @@ class TrainingDataset(Dataset[Sample]):
         frame = self.source.load(token, self.view.sensors, views)
         if frame.images is not None:
             frame = replace(frame, images=scale_brightness(frame.images, self.augment.image, generator))
+        if self.depth is not None:
+            frame = replace(frame, lidar_depth=self.depth.lidar_depth(token))
+        if frame.lidar_depth is not None and frame.rig is not None:
+            originals = frame.rig.view_from_original
+            frame = replace(frame, lidar_depth=move_depth(frame.lidar_depth, originals, height, width))
         stored = {name: reader.tensors(token, signals) for name, (reader, signals) in self.caches.items()}
         return Sample(apply_affine(frame, affine), affine, stored)

@@ -12,16 +12,24 @@ from bevkd.data.identity import DatasetIdentity
 from bevkd.data.images import ImageView
 from bevkd.types import Boxes, Frame
 
-Sensor = Literal["lidar", "camera", "radar"]
+Sensor = Literal["lidar", "camera", "previous_camera", "radar", "lidar_depth"]
+"""What can be loaded of a frame. ``previous_camera`` adds the images of the key frame before, with the rig of that time
+in the BEV frame of now; at the start of a scene the frame itself stands in for it. ``lidar_depth`` is the depth of the
+key frame's own LiDAR returns in the cameras."""
 
 
 class FrameSource(Protocol):
     """A data set: an ordered list of key frames, loaded by token.
 
     Instances are pickled into loader workers, so they hold paths and small arrays, never a data set's tables.
+
+    Attributes:
+        metrics: module of ``bevkd.evaluation`` that scores detections on these frames, or, with dots, a module from
+            elsewhere (see ``bevkd.evaluation.score.Metrics``); None if there is none.
     """
 
     identity: DatasetIdentity
+    metrics: str | None
     classes: tuple[str, ...]
     tokens: tuple[str, ...]
     labelled: frozenset[str]

@@ -13,6 +13,7 @@ import numpy as np
 from bevkd.data.source import Sensor
 from bevkd.data.sources.nuscenes import CLASSES, NuScenesSource
 from bevkd.errors import ContractError, report
+from bevkd.evaluation.score import shortened
 from bevkd.types import Boxes
 
 MAX_BOXES = 500
@@ -35,7 +36,6 @@ _KNOWN_ATTRIBUTES = {
     *("vehicle.stopped", *(name for pair in _ATTRIBUTES.values() for name in pair)),
 }
 _LENGTHS = {"translation": 3, "size": 3, "rotation": 4, "velocity": 2}
-_FAULTS_SHOWN = 30
 
 
 def to_results(
@@ -117,12 +117,6 @@ def check_results(content: Mapping[str, Any], source: NuScenesSource, tokens: Co
     for token in results.keys() & set(tokens):
         faults += [f"{token}: {fault}" for fault in _frame_faults(token, results[token])]
     return faults
-
-
-def shortened(faults: list[str]) -> list[str]:
-    """Return the first faults and how many more there are."""
-    more = len(faults) - _FAULTS_SHOWN
-    return faults if more <= 0 else [*faults[:_FAULTS_SHOWN], f"and {more} more"]
 
 
 def _box_faults(source: NuScenesSource, boxes: Boxes) -> Iterator[str]:

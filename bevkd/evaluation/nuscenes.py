@@ -6,9 +6,11 @@ frame index, and the devkit contributes what defines the metrics: matching, prec
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import numpy as np
@@ -20,15 +22,26 @@ from bevkd.evaluation._nuscenes_results import (
     check_results,
     load_detections,
     read_results,
-    shortened,
     to_results,
 )
+from bevkd.evaluation.score import shortened
+from bevkd.training.checkpoint import write_atomic
 from bevkd.types import Boxes
 
 if TYPE_CHECKING:
     from nuscenes.eval.common.data_classes import EvalBoxes
+    from rich.table import Table
 
-__all__ = ["MAX_BOXES", "ClassScore", "Report", "evaluate", "load_detections", "read_results", "to_results"]
+__all__ = [
+    "MAX_BOXES",
+    "ClassScore",
+    "Report",
+    "evaluate",
+    "load_detections",
+    "read_results",
+    "save_detections",
+    "to_results",
+]
 
 CONFIG = "detection_cvpr_2019"
 """The devkit's configuration of the detection benchmark."""
@@ -36,6 +49,8 @@ CONFIG = "detection_cvpr_2019"
 _RACK = "static_object.bicycle_rack"
 _RACKED = ("bicycle", "motorcycle")
 _UNDEFINED = {"traffic_cone": ("attr_err", "vel_err", "orient_err"), "barrier": ("attr_err", "vel_err")}
+_LIMITS = (0.5, 1.0, 2.0, 4.0)
+_ERRORS = {"trans_err": "ATE", "scale_err": "ASE", "orient_err": "AOE", "vel_err": "AVE", "attr_err": "AAE"}
 
 
 class ClassScore(TypedDict):
@@ -68,6 +83,16 @@ class Report:
     classes_present: tuple[str, ...]
     mean_ap_present: float
     frames: int
+
+    @property
+    def headline(self) -> dict[str, float]:
+        """The benchmark's two scores, and the mean AP to compare on few frames."""
+        scores = {"mAP": self.mAP, "NDS": self.NDS, "mean AP": self.mean_ap_present}
+        return {name: score for name, score in scores.items() if not math.isnan(score)}
+
+    def table(self) -> Table:
+        """Return the table by class: AP in percent, errors in the devkit's units."""
+        return _table(self)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values; NaN becomes null."""
@@ -113,6 +138,17 @@ def evaluate(
     if faults:
         raise report(ContractError, "these detections cannot be scored:", shortened(faults))
     return _score(source, results["results"], frames, max_distance_m)
+
+
+def save_detections(run: Path, source: NuScenesSource, found: Mapping[str, Boxes]) -> Path:
+    """Write boxes as the nuScenes submission ``detections.json`` into a run folder, and return its path.
+
+    Raises:
+        ContractError: see :func:`to_results`.
+    """
+    path = run / "detections.json"
+    write_atomic(path, json.dumps(to_results(source, found)).encode())
+    return path
 
 
 def _as_results(
@@ -243,3 +279,38 @@ def _filtered(
 
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def _figure(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def _table(report: Report) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(
+        title=f"mAP {_percent(report.mAP)}   NDS {_percent(report.NDS)}   mean AP over the "
+        f"{len(report.classes_present)} classes present {_percent(report.mean_ap_present)}   {report.frames} frames",
+        title_justify="left",
+        caption="AP in percent, also by matching distance in metres; errors in m, 1 - IoU, rad, m/s, 1 - accuracy",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("class")
+    for heading in ("AP", *(f"@{limit:g}" for limit in _LIMITS), *_ERRORS.values()):
+        table.add_column(heading, justify="right")
+    for name in report.classes_present:
+        score = report.per_class[name]
+        table.add_row(
+            name,
+            _percent(score["ap"]),
+            *(_percent(score["ap_by_distance"][limit]) for limit in _LIMITS),
+            *(_figure(score["errors"][error]) for error in _ERRORS),
+        )
+    return table

@@ -1,10 +1,20 @@
-"""Masks that are spread over their box: between the pixels of the box and a grid of fixed size."""
+"""Masks that are spread over their box: between its pixels, those of other views, and a grid of fixed size."""
 
 from __future__ import annotations
 
-from jaxtyping import Bool
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
+
+from bevkd.types import Instances
+
+_SLACK_PX = 1e-3
+"""Products of scales and sizes miss whole pixels by rounding."""
 
 
 def shrink(mask: Bool[Tensor, "h w"], rows: int, columns: int) -> Bool[Tensor, "r c"]:
@@ -17,3 +27,111 @@ def spread(mask: Bool[Tensor, "r c"], height: int, width: int) -> Bool[Tensor, "
     """Return the mask on ``height`` x ``width`` pixels, its edge interpolated between cells."""
     soft = functional.interpolate(mask[None, None].float(), (height, width), mode="bilinear", align_corners=False)
     return soft[0, 0] >= 0.5
+
+
+def tighten(
+    mask: Bool[Tensor, "h w"], left: int = 0, top: int = 0
+) -> tuple[Bool[Tensor, "h w"], tuple[int, int, int, int]] | None:
+    """Return the part of a mask that its pixels span, and the box (left, top, right, bottom) of that part.
+
+    Args:
+        left, top: where the mask's first pixel lies.
+
+    None means that the mask has no pixel.
+    """
+    rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
+    if not len(rows):
+        return None
+    first, last = int(rows[0]), int(rows[-1]) + 1
+    start, stop = int(columns[0]), int(columns[-1]) + 1
+    return mask[first:last, start:stop], (left + start, top + first, left + stop, top + last)
+
+
+def move_instances(
+    instances: Instances, target_from_source: Float[Tensor, "N 3 3"], size: tuple[int, int] | None = None
+) -> Instances:
+    """Return the instances in other pixels of their images, e.g. those of a view, or back in the original ones.
+
+    Boxes are whole pixels and fit their masks, which have a value at each pixel of the box. An instance that covers no
+    pixel centre any more is left out.
+
+    Args:
+        target_from_source: pixel transform of each camera: scales, shifts and mirrors, but no turns.
+        size: height and width of the target images, beyond which nothing reaches; None means no limit.
+    """
+    moved, boxes, masks = [], [], []
+    matrices = target_from_source.double().cpu()
+    height, width = size or (None, None)
+    for index, mask in enumerate(instances.masks):
+        matrix = matrices[instances.cameras[index]]
+        corners = instances.boxes[index].double().cpu().view(2, 2)
+        x, y = (corners @ matrix[:2, :2].T + matrix[:2, 2]).T.tolist()
+        left, horizontal = _sampling(x[0], x[1], width)
+        top, vertical = _sampling(y[0], y[1], height)
+        if not len(horizontal) or not len(vertical):
+            continue
+        grid = torch.stack(torch.meshgrid(horizontal, vertical, indexing="xy"), dim=-1)
+        found = functional.grid_sample(
+            mask[None, None].float(), grid[None].to(mask.device), padding_mode="border", align_corners=False
+        )
+        tight = tighten(found[0, 0] >= 0.5, left, top)
+        if tight is not None:
+            moved.append(index)
+            masks.append(tight[0])
+            boxes.append(tight[1])
+    kept = torch.tensor(moved, dtype=torch.int64, device=instances.boxes.device)
+    fitted = instances.boxes.new_tensor(boxes).view(-1, 4)
+    return Instances(instances.cameras[kept], fitted, instances.labels[kept], instances.scores[kept], tuple(masks))
+
+
+def _sampling(start: float, stop: float, limit: int | None) -> tuple[int, Float[Tensor, "p"]]:
+    """Return the first pixel of a span of an axis, and where in a mask over the span each of its pixels looks.
+
+    Args:
+        start, stop: ends of the span in pixels; ``stop`` is the smaller one if the axis is mirrored.
+        limit: number of pixels that there are.
+
+    Positions are those of ``grid_sample``: -1 and 1 are the ends of the span.
+    """
+    low, high = min(start, stop), max(start, stop)
+    first, end = max(0, math.ceil(low - 0.5 - _SLACK_PX)), math.ceil(high - 0.5 - _SLACK_PX)
+    end = end if limit is None else min(end, limit)
+    centres = torch.arange(first, max(first, end), dtype=torch.float64) + 0.5
+    return first, (2 * (centres - start) / (stop - start) - 1).float()
+
+
+def paste(instances: Instances, height: int, width: int) -> Bool[Tensor, "n H W"]:
+    """Return each mask in its whole image.
+
+    Args:
+        instances: with boxes of whole pixels and a mask value at each, as :func:`move_instances` returns them.
+        height, width: of the images.
+    """
+    canvas = torch.zeros(len(instances), height, width, dtype=torch.bool, device=instances.boxes.device)
+    for whole, mask, box in zip(canvas, instances.masks, instances.boxes.round().long().tolist(), strict=True):
+        left, top, right, bottom = box
+        whole[top:bottom, left:right] = mask
+    return canvas
+
+
+def gather_cameras(frames: Sequence[Instances], cameras: int) -> Instances:
+    """Return the instances of all frames as those of one rig with the cameras of all frames, frame by frame.
+
+    Args:
+        cameras: of each frame.
+    """
+    numbers = [frame.cameras + index * cameras for index, frame in enumerate(frames)]
+    return Instances(
+        torch.cat(numbers),
+        torch.cat([frame.boxes for frame in frames]),
+        torch.cat([frame.labels for frame in frames]),
+        torch.cat([frame.scores for frame in frames]),
+        tuple(mask for frame in frames for mask in frame.masks),
+    )
+
+
+def split_cameras(instances: Instances, cameras: int, frames: int) -> tuple[Instances, ...]:
+    """Return the instances of each frame; the inverse of :func:`gather_cameras`."""
+    owner = instances.cameras // cameras
+    split = (instances[owner == frame] for frame in range(frames))
+    return tuple(replace(each, cameras=each.cameras % cameras) for each in split)

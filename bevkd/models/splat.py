@@ -77,3 +77,21 @@ def splat(
             B * per_frame,
         )
     return bev.view(B, *shape, C).permute(0, 3, 1, 2).contiguous()
+
+
+def scatter(
+    points: Float[Tensor, "B P D C"], cells: Int[Tensor, "B P D"], shape: tuple[int, int]
+) -> Float[Tensor, "B C Y X"]:
+    """Return the BEV map of lifted features that are there as a tensor: the sum of those in each cell.
+
+    Args:
+        points: feature of each pixel at each depth.
+        cells, shape: as in :func:`splat`.
+    """
+    B, C = points.shape[0], points.shape[-1]
+    per_frame = shape[0] * shape[1]
+    inside = cells >= 0
+    offset = torch.arange(B, device=cells.device)[:, None, None] * per_frame
+    bev = points.new_zeros(B * per_frame, C, dtype=torch.float32)
+    bev = bev.index_add(0, (cells + offset)[inside], points.float()[inside])
+    return bev.view(B, *shape, C).permute(0, 3, 1, 2).contiguous()

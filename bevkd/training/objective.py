@@ -33,9 +33,7 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return every weighted term by name; the loss is their sum."""
         output = self.detector(batch)
-        head = self.detector.head
-        detection = head.loss(output.head, head.targets(batch.boxes), batch.labelled)
-        terms = {f"detection/{name}": value for name, value in detection.items()}
+        terms = {f"detection/{name}": value for name, value in self.detector.loss(output, batch).items()}
         teachers = {
             name: TeacherBatch.decode(self._specs[name], arrays, batch.affines, self.detector.config.grid)
             for name, arrays in (batch.stored or {}).items()

@@ -28,7 +28,7 @@ def rig(source: torch.Generator) -> Rig:
         pose[:3, :3] = rotation * torch.linalg.det(rotation)
         pose[:3, 3] = torch.randn(3, generator=source)
     intrinsics = torch.tensor([[800.0, 0, 400], [0, 800, 200], [0, 0, 1]]).repeat(2, 1, 1)
-    return Rig(("left", "right"), intrinsics, poses)
+    return Rig(("left", "right"), intrinsics, poses, torch.eye(3).expand(2, 3, 3))
 
 
 def frame(source: torch.Generator) -> Frame:

@@ -15,7 +15,7 @@ def boxes(count: int) -> Boxes:
 
 
 def rig(value: float) -> Rig:
-    return Rig(("a", "b"), torch.full((2, 3, 3), value), torch.full((2, 4, 4), value))
+    return Rig(("a", "b"), torch.full((2, 3, 3), value), torch.full((2, 4, 4), value), torch.full((2, 3, 3), value))
 
 
 def sample(token: str, points: int | None = None, images: float | None = None, labels: int | None = 0) -> Sample:

@@ -66,6 +66,7 @@ def batch() -> Batch:
         images=torch.randint(0, 256, (2, 1, 3, 32, 64), generator=generator, dtype=torch.uint8),
         intrinsics=torch.tensor([[40.0, 0, 32], [0, 40, 16], [0, 0, 1]]).expand(2, 1, 3, 3),
         bev_from_camera=pose.expand(2, 1, 4, 4),
+        view_from_original=torch.eye(3).expand(2, 1, 3, 3),
     )
 
 

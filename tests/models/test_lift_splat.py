@@ -17,15 +17,15 @@ from bevkd.data.images import ImageView
 from bevkd.errors import CheckpointError, ConfigError
 from bevkd.geometry.affine import BEVAffine
 from bevkd.grid import BEVGrid
+from bevkd.models.backbone import BackboneConfig
 from bevkd.models.encoders.lift_splat import (
-    BackboneConfig,
     Config,
     DepthBins,
     LiftSplatEncoder,
     _rays,
     build,
 )
-from bevkd.types import Boxes
+from bevkd.types import Boxes, LidarDepth
 from tests.geometry.strategies import affines, seeds
 
 GRID = BEVGrid(x_m=(-16, 16), y_m=(-12, 12), z_m=(-5, 3), cell_m=1.0)
@@ -80,7 +80,13 @@ def batch_of(images: Tensor, poses: Tensor, intrinsics: Tensor | None = None) ->
         images=images,
         intrinsics=K.expand(B, N, 3, 3) if intrinsics is None else intrinsics,
         bev_from_camera=poses.expand(B, N, 4, 4),
+        view_from_original=torch.eye(3).expand(B, N, 3, 3),
     )
+
+
+def bev_of(model: LiftSplatEncoder, batch: Batch) -> Tensor:
+    bev: Tensor = model(batch)[0]
+    return bev
 
 
 def photos(cameras: int, seed: int = 0, frames: int = 1) -> Tensor:
@@ -196,7 +202,7 @@ def test_a_mirrored_image_with_its_rig_gives_the_same_cells_in_mirrored_order() 
 
 
 def test_the_map_has_the_grids_shape_and_the_configured_channels() -> None:
-    bev = encoder()(batch_of(photos(2, frames=3), torch.stack([camera(0.0), camera(2.0)])))
+    bev = bev_of(encoder(), batch_of(photos(2, frames=3), torch.stack([camera(0.0), camera(2.0)])))
     assert bev.shape == (3, 5, 24, 32)
 
 
@@ -206,7 +212,7 @@ def test_a_camera_writes_only_what_it_faces() -> None:
     both = photos(2)
     other = both.clone()
     other[:, 0] = photos(1, seed=1)[:, 0]
-    changed = (model(batch_of(both, poses)) != model(batch_of(other, poses))).any(1)[0]
+    changed = (bev_of(model, batch_of(both, poses)) != bev_of(model, batch_of(other, poses))).any(1)[0]
     x = GRID.centers()[..., 0]
     assert bool(changed[x > 1].any())
     assert not bool(changed[x < 0].any())
@@ -215,13 +221,16 @@ def test_a_camera_writes_only_what_it_faces() -> None:
 def test_a_camera_that_sees_nothing_of_the_grid_writes_nothing() -> None:
     far = camera(0.0)
     far[0, 3] = 100.0
-    assert not encoder()(batch_of(photos(1), far[None])).any()
+    assert not bev_of(encoder(), batch_of(photos(1), far[None])).any()
 
 
 def test_the_order_of_cameras_does_not_matter() -> None:
     model, poses, images = encoder(), torch.stack([camera(0.0), camera(2.0)]), photos(2)
     torch.testing.assert_close(
-        model(batch_of(images.flip(1), poses.flip(0))), model(batch_of(images, poses)), atol=1e-5, rtol=1e-4
+        bev_of(model, batch_of(images.flip(1), poses.flip(0))),
+        bev_of(model, batch_of(images, poses)),
+        atol=1e-5,
+        rtol=1e-4,
     )
 
 
@@ -231,8 +240,8 @@ def test_turning_the_rig_by_a_quarter_turns_the_map() -> None:
     model = build(config(), square).eval()
     affine = BEVAffine(rotation_rad=math.pi / 2)
     turned = (affine.matrix() @ camera(0.2).double()).float()
-    expected, _ = affine.warp_map(model(batch_of(photos(1), camera(0.2)[None]))[0], square)
-    found = model(batch_of(photos(1), turned[None]))[0]
+    expected, _ = affine.warp_map(bev_of(model, batch_of(photos(1), camera(0.2)[None]))[0], square)
+    found = bev_of(model, batch_of(photos(1), turned[None]))[0]
     # A point on a face may fall to either side, which moves a few cells' worth of the sum.
     assert ((found - expected).abs() > 1e-4).float().mean() < 0.02
 
@@ -244,7 +253,7 @@ def test_the_norm_is_off_unless_asked_for() -> None:
 
 def test_every_weight_learns() -> None:
     model = encoder().train()
-    bev = model(batch_of(photos(2), torch.stack([camera(0.0), camera(2.0)])))
+    bev = bev_of(model, batch_of(photos(2), torch.stack([camera(0.0), camera(2.0)])))
     (bev * torch.randn(bev.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
     idle = [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
     assert idle == []
@@ -253,8 +262,8 @@ def test_every_weight_learns() -> None:
 def test_half_precision_gives_a_float32_map() -> None:
     model, batch = encoder(), batch_of(photos(2), torch.stack([camera(0.0), camera(2.0)]))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = model(batch)
-    full = model(batch)
+        half = bev_of(model, batch)
+    full = bev_of(model, batch)
     assert half.dtype == torch.float32
     assert ((half - full).norm() / full.norm()).item() < 0.05
 
@@ -265,7 +274,7 @@ def test_half_precision_gives_a_float32_map() -> None:
 def test_images_are_required() -> None:
     batch = Batch(("a",), (Boxes.empty(),), torch.ones(1, dtype=torch.bool), (BEVAffine.identity(),))
     with pytest.raises(ValueError, match="images"):
-        encoder()(batch)
+        bev_of(encoder(), batch)
 
 
 @pytest.mark.parametrize(("name", "size"), [("image_height", 100), ("image_width", 0)])
@@ -297,3 +306,67 @@ def test_backbone_weights_that_lack_a_stage_are_refused(tmp_path: Any) -> None:
     wider = {**BACKBONE.options, "hidden_sizes": [4, 8, 8], "depths": [1, 1, 1]}
     with pytest.raises(CheckpointError, match=r"stages\.2"):
         build(config(backbone=BackboneConfig(options=wider, weights=tmp_path)), GRID)
+
+
+# ---------------------------------------------------------------------------------------------- BEVDepth
+
+
+def two_key_frames(images: Tensor, now: Tensor, before: Tensor) -> Batch:
+    return batch_of(images, torch.stack([now, before]))
+
+
+def test_two_key_frames_stand_side_by_side_and_each_is_the_map_of_its_images() -> None:
+    double, single = encoder(key_frames=2), encoder()
+    assert double.out_channels == 2 * single.out_channels
+    single.load_state_dict(double.state_dict())
+    images, now, before = photos(2), camera(0.0), camera(0.0)
+    before[0, 3] = -3.0  # the car stood three metres behind where it is now
+    both = bev_of(double, two_key_frames(images, now, before))
+    torch.testing.assert_close(both[:, :5], bev_of(single, batch_of(images[:, :1], now[None])))
+    torch.testing.assert_close(both[:, 5:], bev_of(single, batch_of(images[:, 1:], before[None])))
+
+
+def test_what_stands_still_lies_at_the_same_cells_in_both_key_frames() -> None:
+    model, image = encoder(key_frames=2), photos(1)
+    there = camera(0.0)
+    both = bev_of(model, two_key_frames(image.expand(1, 2, 3, 64, 96), there, there))
+    assert torch.equal(both[:, :5], both[:, 5:])
+
+
+def test_no_gradient_flows_through_the_earlier_key_frame() -> None:
+    model = encoder(key_frames=2)
+    bev = bev_of(model, two_key_frames(photos(2), camera(0.0), camera(0.0)))
+    bev[:, 5:].sum().requires_grad_() if not bev.requires_grad else bev[:, 5:].sum().backward()
+    assert all(each.grad is None or not each.grad.any() for each in model.parameters())
+
+
+def test_two_key_frames_ask_for_the_camera_before_and_depth_for_lidar() -> None:
+    assert config().sensors == {"camera"}
+    assert config(key_frames=2).sensors == {"camera", "previous_camera"}
+    assert config().supervision == frozenset()
+    assert config(depth_weight=3.0).supervision == {"lidar_depth"}
+
+
+def test_depth_is_learned_from_the_lidar_of_each_frame_and_camera() -> None:
+    model = encoder(depth_weight=3.0)
+    logits = torch.zeros(2, 3, 28, 8, 12)
+    logits[1, 2, 4, 5, 6] = 100.0  # frame 1, camera 2, row 5, column 6: bin 4 is 3.0 to 3.5 m
+    here = LidarDepth(torch.tensor([2]), torch.tensor([[6.5 * 8, 5.5 * 8]]), torch.tensor([3.2]))
+    nowhere = LidarDepth(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 2), torch.zeros(0))
+    assert model.depth_loss(logits, [nowhere, here]).item() == pytest.approx(0.0, abs=1e-5)
+    assert model.depth_loss(logits, [here, nowhere]).item() > 3.0
+
+
+def test_aggregation_that_changes_nothing_gives_the_map_of_the_splat() -> None:
+    plain, refined = encoder(), encoder(aggregation=True)
+    refined.load_state_dict(plain.state_dict(), strict=False)
+    refined.aggregation = torch.nn.Identity()  # type: ignore[assignment]
+    batch = batch_of(photos(2), torch.stack([camera(0.0), camera(2.0)]))
+    torch.testing.assert_close(bev_of(refined, batch), bev_of(plain, batch), rtol=1e-4, atol=1e-5)
+
+
+def test_every_weight_of_the_whole_bevdepth_learns() -> None:
+    model = encoder(depth_net="camera_aware", aggregation=True, depth_weight=3.0, key_frames=2).train()
+    bev, depth = model(two_key_frames(photos(2), camera(0.0), camera(0.3)))
+    (bev.square().sum() + depth.square().sum()).backward()
+    assert [name for name, each in model.named_parameters() if each.grad is None] == []

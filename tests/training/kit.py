@@ -50,6 +50,10 @@ class TinyDetector(nn.Module):
         bev = self.encoder(counts)
         return DetectorOutput(bev, bev, self.head(bev))
 
+    def loss(self, output: DetectorOutput, batch: Batch) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = self.head.loss(output.head, self.head.targets(batch.boxes), batch.labelled)
+        return found
+
 
 class TinyFrames(Dataset[Sample]):
     """Ten frames, of which ``labelled`` carry labels; the position in the run decides frame and noise.

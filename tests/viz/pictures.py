@@ -36,7 +36,12 @@ def boxes(*rows: list[float], score: float = 1.0) -> Boxes:
 def frame(names: tuple[str, ...] = ("CAM_FRONT",), shade: int = 40, **changes: object) -> Frame:
     """Return a frame with plain grey images; every camera looks along +y from the origin."""
     count = len(names)
-    rig = Rig(names, intrinsics().expand(count, 3, 3), lidar_from_forward_camera().expand(count, 4, 4))
+    rig = Rig(
+        names,
+        intrinsics().expand(count, 3, 3),
+        lidar_from_forward_camera().expand(count, 4, 4),
+        torch.eye(3).expand(count, 3, 3),
+    )
     images = torch.full((count, 3, HEIGHT, WIDTH), shade, dtype=torch.uint8)
     return Frame(**{"token": "abc", "timestamp_us": 0, "images": images, "rig": rig, **changes})  # type: ignore[arg-type]
 

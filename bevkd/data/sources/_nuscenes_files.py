@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
 
+from bevkd.data.sources import _files
 from bevkd.errors import DataError
 
 LIDAR_RECORD_BYTES = 20
@@ -65,22 +64,15 @@ def read_radar(path: Path) -> npt.NDArray[np.float32]:
 
 
 def file_fault(path: Path) -> str | None:
-    """Return what is wrong with a sensor file: missing, empty or truncated; None if it looks whole.
-
-    Cheap: an image is not decoded. A truncated JPEG lacks its end marker, which cannot occur inside its data.
-    """
+    """Return what is wrong with a sensor file: missing, empty or truncated; None if it looks whole."""
+    if not path.name.endswith(".pcd"):
+        return _files.file_fault(path, LIDAR_RECORD_BYTES)
     try:
-        size = path.stat().st_size
-        if not path.is_file():
-            return "is not a file"
-        if size == 0:
+        content = path.read_bytes()
+        if not content:
             return "is empty"
-        if path.name.endswith(".bin"):
-            return _lidar_fault(size)
-        if path.name.endswith(".pcd"):
-            _read_pcd(path.read_bytes())
-            return None
-        return _image_fault(path, size)
+        _read_pcd(content)
+        return None
     except FileNotFoundError:
         return "missing"
     except (OSError, ValueError) as error:
@@ -89,33 +81,7 @@ def file_fault(path: Path) -> str | None:
 
 def file_faults(root: Path, files: list[str]) -> dict[str, str]:
     """Return the fault of each of ``files`` (relative to ``root``) that has one."""
-    # Threads hide the latency of network file systems; checking needs almost no processor time.
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        faults = pool.map(file_fault, [root / name for name in files])
-        return {name: fault for name, fault in zip(files, faults, strict=True) if fault}
-
-
-def _lidar_fault(size: int) -> str | None:
-    if size % LIDAR_RECORD_BYTES:
-        return f"truncated ({size} bytes is no multiple of the {LIDAR_RECORD_BYTES} bytes of a LiDAR return)"
-    return None
-
-
-def _image_fault(path: Path, size: int) -> str | None:
-    with path.open("rb") as file:
-        jpeg = file.read(2) == b"\xff\xd8"
-        file.seek(max(0, size - 256))  # some cameras pad the end
-        tail = file.read()
-    if path.suffix.lower() in (".jpg", ".jpeg") and not jpeg:
-        return "is not a JPEG image"
-    if jpeg and b"\xff\xd9" not in tail:
-        return "truncated (the JPEG end marker is missing)"
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        return f"is no whole image ({error})"
-    return None
+    return _files.file_faults(root, files, file_fault)
 
 
 def _beyond_car(points: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

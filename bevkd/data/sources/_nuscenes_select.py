@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from bevkd.data.sources._labels import drawn, listed, some
 from bevkd.data.sources._nuscenes_index import FrameIndex
 from bevkd.errors import DataError, report
 
@@ -44,8 +44,8 @@ def select_frames(
         foreign = [name for name in scenes if name not in chosen]
         if foreign:
             raise DataError(
-                f"scenes {_some(foreign)} are not in split '{split}' of {tables}. "
-                f"Its scenes there are {_some(chosen, 10)}. Correct 'scenes' or choose another split."
+                f"scenes {some(foreign)} are not in split '{split}' of {tables}. "
+                f"Its scenes there are {some(chosen, 10)}. Correct 'scenes' or choose another split."
             )
         chosen = [name for name in chosen if name in set(scenes)]
     names = index.meta["scenes"]
@@ -61,7 +61,7 @@ def select_frames(
 def _scenes_of(index: FrameIndex, tables: Path, split: str) -> list[str]:
     official: dict[str, list[str]] = index.meta["splits"]
     present = set(index.meta["scenes"])
-    custom = _custom_splits(tables)
+    custom = custom_splits(tables)
     if split in official:
         kinds = [kind for kind in ("trainval", "mini", "test") if tables.name.endswith(kind)]
         if kinds and kinds[0] != _VERSION_OF.get(split, kinds[0]):
@@ -75,7 +75,7 @@ def _scenes_of(index: FrameIndex, tables: Path, split: str) -> list[str]:
         unknown = [name for name in chosen if name not in present]
         if unknown:
             raise DataError(
-                f"split '{split}' in {tables / 'splits.json'} names scenes {_some(unknown)}, which are not in "
+                f"split '{split}' in {tables / 'splits.json'} names scenes {some(unknown)}, which are not in "
                 "scene.json. Correct splits.json."
             )
     else:
@@ -90,7 +90,7 @@ def _scenes_of(index: FrameIndex, tables: Path, split: str) -> list[str]:
     return chosen
 
 
-def _custom_splits(tables: Path) -> dict[str, list[str]]:
+def custom_splits(tables: Path) -> dict[str, list[str]]:
     path = tables / "splits.json"
     try:
         splits = json.loads(path.read_bytes())
@@ -146,39 +146,10 @@ def select_labelled(
     for row in rows:
         tokens.setdefault(names[scene_of[row]], []).append(index["frame_token"][row].decode())
     if isinstance(labels, Path):
-        return _listed(labels, [token for group in tokens.values() for token in group])
+        return listed(labels, [token for group in tokens.values() for token in group])
     if isinstance(labels, float):
-        return _drawn(tokens, labels, seed)
+        return drawn(tokens, labels, seed)
     foreign = [name for name in labels if name not in tokens]
     if foreign:
-        raise DataError(f"'labels' names scenes {_some(foreign)}; the frames are of scenes {_some(list(tokens), 10)}.")
+        raise DataError(f"'labels' names scenes {some(foreign)}; the frames are of scenes {some(list(tokens), 10)}.")
     return frozenset(token for name in labels for token in tokens[name])
-
-
-def _drawn(tokens: dict[str, list[str]], fraction: float, seed: int) -> frozenset[str]:
-    wanted = fraction * sum(map(len, tokens.values()))
-    chosen: list[str] = []
-    for name in sorted(tokens, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest()):
-        if len(chosen) >= wanted - 1e-6:
-            break
-        chosen += tokens[name]
-    return frozenset(chosen)
-
-
-def _listed(path: Path, known: Sequence[str]) -> frozenset[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"'labels' names the file {path}, which cannot be read: {error}.") from error
-    listed = frozenset(line.strip() for line in lines if line.strip())
-    foreign = sorted(listed.difference(known))
-    if foreign:
-        raise DataError(
-            f"{path} lists {len(foreign)} token(s) that are not among the {len(known)} frames: {_some(foreign)}. "
-            "Correct the file, or widen the split."
-        )
-    return listed
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -223,6 +223,21 @@ def _chunks(text: str, size: int = 20_000) -> Iterator[list[dict[str, Any]]]:
         raise ValueError(f"it does not go on as a list at character {position}")
 
 
+def records(folder: Path, name: str) -> Iterator[dict[str, Any]]:
+    """Yield the records of one table, whatever its fields.
+
+    Raises:
+        DataError: the file is missing, or is not a JSON list of records.
+    """
+    try:
+        for chunk in _chunks((folder / f"{name}.json").read_text(encoding="utf-8")):
+            yield from chunk
+    except OSError as error:
+        raise _misfit(folder, [_unreadable(name, error)]) from error
+    except ValueError as error:
+        raise _misfit(folder, [f"{name}.json: is not a JSON list of records ({error})"]) from error
+
+
 def _skip_space(text: str, position: int) -> int:
     while text[position : position + 1].isspace():
         position += 1

@@ -19,12 +19,17 @@ from bevkd.config import PluginConfig
 from bevkd.data.identity import DatasetIdentity
 from bevkd.data.images import ImageView, read_image
 from bevkd.data.source import Sensor
+from bevkd.data.sources._labels import check_labels
 from bevkd.data.sources._nuscenes_build import transforms
 from bevkd.data.sources._nuscenes_files import file_faults, read_lidar, read_radar
 from bevkd.data.sources._nuscenes_index import FrameIndex, open_index
 from bevkd.data.sources._nuscenes_select import check_folders, select_frames, select_labelled
 from bevkd.errors import DataError
-from bevkd.types import Boxes, Frame, Rig
+from bevkd.geometry.camera import lidar_depth
+from bevkd.types import Boxes, Frame, LidarDepth, Rig
+
+_MODALITY = {"previous_camera": "camera", "lidar_depth": "lidar"}
+"""Modality of the channels that a sensor reads, where it has another name."""
 
 CLASSES = (
     "car",
@@ -41,21 +46,13 @@ CLASSES = (
 """The detection classes, in the devkit's order."""
 
 
-def _check_classes(classes: tuple[str, ...]) -> tuple[str, ...]:
+def check_classes(classes: tuple[str, ...]) -> tuple[str, ...]:
     unknown = [name for name in classes if name not in CLASSES]
     if unknown:
         raise ValueError(f"unknown classes {', '.join(unknown)}; the detection classes are {', '.join(CLASSES)}")
     if not classes or len(set(classes)) < len(classes):
         raise ValueError("name at least one class, and each of them once")
     return classes
-
-
-def _check_labels(labels: object) -> object:
-    if isinstance(labels, bool) or (isinstance(labels, int | float) and not 0 < labels <= 1):
-        raise ValueError(f"a fraction of labelled frames must be above 0 and at most 1, got {labels}")
-    if not isinstance(labels, int | float | str | Path | list | tuple):
-        raise ValueError("give a fraction, a list of scene names, or the path of a file with a token per line")
-    return labels
 
 
 class Config(PluginConfig):
@@ -81,11 +78,11 @@ class Config(PluginConfig):
     split: str = "train"
     scenes: tuple[str, ...] | None = None
     tokens: tuple[str, ...] | None = None
-    classes: Annotated[tuple[str, ...], AfterValidator(_check_classes)] = CLASSES
+    classes: Annotated[tuple[str, ...], AfterValidator(check_classes)] = CLASSES
     sweeps: int = Field(default=10, ge=1, le=10)
     radar_sweeps: int = Field(default=6, ge=1, le=13)
     min_points: int = Field(default=1, ge=0)
-    labels: Annotated[float | tuple[str, ...] | Path, BeforeValidator(_check_labels)] = 1.0
+    labels: Annotated[float | tuple[str, ...] | Path, BeforeValidator(check_labels)] = 1.0
     labels_seed: int = 0
     skip_missing: bool = False
     index_dir: Path | None = None
@@ -123,6 +120,8 @@ class NuScenesSource:
         cameras: camera names, in the rig's order.
     """
 
+    metrics: str | None = "nuscenes"
+
     def __init__(
         self, config: Config, index: FrameIndex, rows: Sequence[int], labelled: frozenset[str], skipped: int = 0
     ) -> None:
@@ -149,7 +148,9 @@ class NuScenesSource:
     def load(self, token: str, sensors: frozenset[Sensor], views: Mapping[str, ImageView] | None = None) -> Frame:
         """Return the frame with the sensors asked for; see ``FrameSource.load``."""
         row = self._row(token)
-        images, rig = self._cameras(row, views) if "camera" in sensors else (None, None)
+        images, rig = None, None
+        if "camera" in sensors:
+            images, rig = self._cameras(row, views, "previous_camera" in sensors)
         return Frame(
             token=token,
             timestamp_us=int(self.index["frame_time"][row]),
@@ -158,6 +159,7 @@ class NuScenesSource:
             rig=rig,
             radar=self._radar(row) if "radar" in sensors else None,
             boxes=self.annotations(token) if token in self.labelled else None,
+            lidar_depth=self._lidar_depth(row, views) if "lidar_depth" in sensors else None,
         )
 
     def image_sizes(self, token: str) -> dict[str, tuple[int, int]]:
@@ -224,16 +226,22 @@ class NuScenesSource:
 
     def _files(self, token: str, sensors: frozenset[Sensor]) -> tuple[list[str], list[str]]:
         """Return the files that loading the frame reads, and a fault for each sensor that has no record."""
-        counts = {"lidar": self.config.sweeps, "camera": 1, "radar": self.config.radar_sweeps}
-        readings = self.index["frame_reading"][self._row(token)]
+        sweeps = {"lidar": self.config.sweeps, "radar": self.config.radar_sweeps}
+        row = self._row(token)
         files, absent = [], []
         for sensor in sorted(sensors):
-            for column, name in self.index.channels(sensor):
-                chain = self.index.sweeps(int(readings[column]), counts[sensor])
+            readings = self.index["frame_reading"][self._previous(row) if sensor == "previous_camera" else row]
+            for column, name in self.index.channels(_MODALITY.get(sensor, sensor)):
+                chain = self.index.sweeps(int(readings[column]), sweeps.get(sensor, 1))
                 files += [self.index.file(reading) for reading in chain]
                 if not chain:
                     absent.append(f"sample {token}: sample_data.json has no key frame of {name}")
         return files, absent
+
+    def _previous(self, row: int) -> int:
+        """Return the row of the key frame before, or the same one at the start of a scene."""
+        scenes = self.index["frame_scene"]
+        return row - 1 if row and scenes[row - 1] == scenes[row] else row
 
     def _row(self, token: str) -> int:
         try:
@@ -289,29 +297,62 @@ class NuScenesSource:
         times = self.index["reading_time"]
         return np.full(count, 1e-6 * float(times[self._lidar(row)] - times[reading]))
 
-    def _cameras(self, row: int, views: Mapping[str, ImageView] | None) -> tuple[UInt8[Tensor, "N 3 H W"], Rig]:
+    def _cameras(
+        self, row: int, views: Mapping[str, ImageView] | None, previous: bool
+    ) -> tuple[UInt8[Tensor, "N 3 H W"], Rig]:
+        shots = self._shots(row, views)
+        if previous:
+            shots = {
+                **shots,
+                **{f"{name}@-1": reading for name, reading in self._shots(self._previous(row), views).items()},
+            }
+        sizes = self.index["reading_size"]
+        seen = {name: None if views is None else views[name.removesuffix("@-1")] for name in shots}
+        images = [
+            read_image(self.config.root / self.index.file(reading), seen[name], tuple(sizes[reading].tolist()))
+            for name, reading in shots.items()
+        ]
+        if len({image.shape for image in images}) > 1:
+            raise DataError("the cameras have images of different sizes. Give each a view of the same size.")
+        originals = [torch.eye(3) if view is None else view.matrix() for view in seen.values()]
+        view_from_original = torch.stack(originals).double()
+        intrinsics, poses = self._calibration(row, list(shots.values()))
+        return torch.stack(images), Rig(
+            tuple(shots), (view_from_original @ intrinsics).float(), poses.float(), view_from_original.float()
+        )
+
+    def _shots(self, row: int, views: Mapping[str, ImageView] | None) -> dict[str, int]:
+        """Return the reading of each camera wanted at a key frame, in the rig's order."""
         wanted = self.cameras if views is None else tuple(views)
         unknown = [name for name in wanted if name not in self.cameras]
         if unknown or not wanted:
             raise DataError(f"no camera {', '.join(unknown)}; the data set has {', '.join(self.cameras) or 'none'}.")
-        names, images, intrinsics, poses = [], [], [], []
-        for column, name in self.index.channels("camera"):
-            if name not in wanted:
-                continue
-            reading = int(self.index["frame_reading"][row, column])
+        shots = {
+            name: int(self.index["frame_reading"][row, column])
+            for column, name in self.index.channels("camera")
+            if name in wanted
+        }
+        for name, reading in shots.items():
             if reading < 0:
                 token = self.index["frame_token"][row].decode()
                 raise DataError(f"sample {token} has no key frame of {name} in sample_data.json. Leave the frame out.")
-            view = None if views is None else views[name]
-            height, width = self.index["reading_size"][reading].tolist()
-            images.append(read_image(self.config.root / self.index.file(reading), view, (height, width)))
-            matrix = torch.tensor(self.index["calibration_intrinsics"][self.index["reading_calibration"][reading]])
-            intrinsics.append(matrix if view is None else view.matrix().double() @ matrix)
-            poses.append(torch.from_numpy(self._lidar_from_sensor(row, reading)))
-            names.append(name)
-        if len({image.shape for image in images}) > 1:
-            raise DataError("the cameras have images of different sizes. Give each a view of the same size.")
-        return torch.stack(images), Rig(tuple(names), torch.stack(intrinsics).float(), torch.stack(poses).float())
+        return shots
+
+    def _calibration(self, row: int, readings: Sequence[int]) -> tuple[Float[Tensor, "N 3 3"], Float[Tensor, "N 4 4"]]:
+        """Return intrinsics of the original images and ``lidar_from_camera``, both float64."""
+        calibrations = self.index["reading_calibration"][np.array(readings)]
+        intrinsics = torch.tensor(self.index["calibration_intrinsics"][calibrations])
+        poses = np.stack([self._lidar_from_sensor(row, reading) for reading in readings])
+        return intrinsics, torch.from_numpy(poses)
+
+    def _lidar_depth(self, row: int, views: Mapping[str, ImageView] | None) -> LidarDepth:
+        """Return the depth of the key frame's own returns; sweeps of other times do not fit moving objects."""
+        reading = self._lidar(row)
+        points = torch.from_numpy(read_lidar(self.config.root / self.index.file(reading))[:, :3].copy())
+        readings = list(self._shots(row, views).values())
+        intrinsics, poses = self._calibration(row, readings)
+        sizes = torch.tensor(self.index["reading_size"][np.array(readings)]).float()
+        return lidar_depth(points, intrinsics, poses, sizes)
 
 
 def build(config: Config, sensors: frozenset[Sensor] = frozenset()) -> NuScenesSource:

@@ -1,26 +1,37 @@
-"""Camera encoder: lift, splat, shoot (Philion and Fidler, arXiv 2008.05711) on any transformers image backbone."""
+"""Camera encoder: lift, splat, shoot (Philion and Fidler, arXiv 2008.05711) and BEVDepth (Li et al., arXiv 2206.10092).
+
+On any image backbone of transformers. The published BEVDepth is ``depth_net: camera_aware``, ``depth_weight: 3``,
+``key_frames: 2`` on a ResNet-50 or 101, with a BEV encoder of the type ``resnet``.
+"""
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from bevkd.config import PluginConfig, StrictModel
 from bevkd.data.collate import Batch
 from bevkd.data.source import Sensor
-from bevkd.errors import CheckpointError, ConfigError
+from bevkd.errors import ConfigError
 from bevkd.grid import BEVGrid
-from bevkd.models.bev_encoder import conv_bn_relu
-from bevkd.models.splat import splat
-
-SENSORS: frozenset[Sensor] = frozenset({"camera"})
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from bevkd.models.backbone import BackboneConfig, ImageNeck, Normalise, build_backbone
+from bevkd.models.depth_net import (
+    CameraAwareDepthNet,
+    DepthAggregation,
+    PlainDepthNet,
+    camera_vector,
+    depth_loss,
+    depth_targets,
+)
+from bevkd.models.splat import scatter, splat
+from bevkd.models.widths import scaled
+from bevkd.types import LidarDepth
 
 
 class DepthBins(StrictModel):
@@ -41,20 +52,6 @@ class DepthBins(StrictModel):
         return torch.arange(self.start, self.stop - self.step / 2, self.step)
 
 
-class BackboneConfig(StrictModel):
-    """An image network of transformers' ``AutoBackbone``.
-
-    Attributes:
-        model_type: e.g. ``resnet``, ``convnext``, ``swin``.
-        options: keys of that model type's config, e.g. ``depths`` and ``out_features``.
-        weights: a local folder in the hub's layout (config.json, model.safetensors); None starts from random.
-    """
-
-    model_type: str = "resnet"
-    options: dict[str, Any] = Field(default_factory=dict)
-    weights: Path | None = None
-
-
 class Config(PluginConfig):
     """Config of the camera encoder.
 
@@ -64,6 +61,10 @@ class Config(PluginConfig):
         neck_channels: width of each stage in the neck (their concatenation is lifted).
         channels: of ``bev_low``.
         norm: batch norm on the splatted map; without it ``bev_low`` is the raw sum, as published.
+        depth_net: ``plain`` is LSS's single layer, ``camera_aware`` BEVDepth's network.
+        depth_weight: of the loss that compares depth with the LiDAR's in training; BEVDepth has 3, 0 switches it off.
+        aggregation: refine the lifted features along depth, as BEVDepth does; costs the memory that the splat saves.
+        key_frames: 2 adds the key frame before, whose map doubles the channels of ``bev_low``.
     """
 
     name: Literal["lift_splat"] = "lift_splat"
@@ -75,6 +76,10 @@ class Config(PluginConfig):
     channels: int = 80
     depth: DepthBins = DepthBins()
     norm: bool = False
+    depth_net: Literal["plain", "camera_aware"] = "plain"
+    depth_weight: float = Field(default=0.0, ge=0)
+    aggregation: bool = False
+    key_frames: Literal[1, 2] = 1
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -83,41 +88,37 @@ class Config(PluginConfig):
                 raise ValueError(f"{name} must be a positive multiple of 32, got {size}")
         return self
 
+    @property
+    def sensors(self) -> frozenset[Sensor]:
+        """Sensors that the encoder reads."""
+        return frozenset({"camera", "previous_camera"}) if self.key_frames > 1 else frozenset({"camera"})
 
-class ImageNeck(nn.Module):
-    """Brings the stages of a backbone to one stride and concatenates them (SECONDFPN)."""
+    @property
+    def supervision(self) -> frozenset[Sensor]:
+        """What training reads besides."""
+        return frozenset({"lidar_depth"}) if self.depth_weight > 0 else frozenset()
 
-    def __init__(self, in_channels: list[int], strides: list[int], stride: int, channels: int) -> None:
-        super().__init__()
-        self.out_channels = channels * len(in_channels)
-        self.levels = nn.ModuleList()
-        for width, own in zip(in_channels, strides, strict=True):
-            if own > stride:
-                layer: nn.Module = nn.ConvTranspose2d(width, channels, own // stride, own // stride, bias=False)
-            else:
-                layer = nn.Conv2d(width, channels, stride // own, stride // own, bias=False)
-            self.levels.append(nn.Sequential(layer, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)))
-
-    def forward(self, stages: list[Tensor]) -> Tensor:
-        """Return ``[B, C, H / stride, W / stride]``."""
-        return torch.cat([level(stage) for level, stage in zip(self.levels, stages, strict=True)], dim=1)
+    def scaled(self, factor: float) -> Config:
+        """Return the config with neck and context narrower; the backbone has widths of its own."""
+        return self.model_copy(
+            update={"neck_channels": scaled(self.neck_channels, factor), "channels": scaled(self.channels, factor)}
+        )
 
 
 class LiftSplatEncoder(nn.Module):
     """Images to ``bev_low``: backbone, neck, a depth distribution and a context vector per pixel, splat.
 
-    The two coordinates of each pixel's viewing ray join the features, so that resized and cropped images still tell
-    where the horizon is.
+    With two key frames the maps of both lie side by side in the channels, both in the BEV frame of now; as published,
+    no gradient flows through the earlier one.
     """
 
-    mean: Tensor
-    std: Tensor
     depths: Tensor
 
     def __init__(self, config: Config, grid: BEVGrid) -> None:
         super().__init__()
-        self.grid, self.stride, self.out_channels = grid, config.stride, config.channels
-        self.backbone, widths, strides = _backbone(config.backbone)
+        self.config, self.grid, self.stride = config, grid, config.stride
+        self.out_channels = config.channels * config.key_frames
+        self.backbone, widths, strides = build_backbone(config.backbone)
         if config.stride not in strides:
             raise ConfigError(
                 f"detector.encoder.stride is {config.stride}, but the backbone's stages have the strides "
@@ -125,42 +126,63 @@ class LiftSplatEncoder(nn.Module):
             )
         self.neck = ImageNeck(widths, strides, config.stride, config.neck_channels)
         self.register_buffer("depths", config.depth.values(), persistent=False)
-        self.register_buffer("mean", torch.tensor(_IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(_IMAGENET_STD).view(3, 1, 1), persistent=False)
-        width = self.neck.out_channels
-        self.depth_net = nn.Sequential(
-            *conv_bn_relu(width + 2, width, 3), nn.Conv2d(width, len(self.depths) + config.channels, 1)
-        )
-        self.norm = nn.BatchNorm2d(config.channels) if config.norm else nn.Identity()
+        self.normalise = Normalise()
+        kind = CameraAwareDepthNet if config.depth_net == "camera_aware" else PlainDepthNet
+        self.depth_net = kind(self.neck.out_channels, len(self.depths), config.channels)
+        self.aggregation = DepthAggregation(config.channels) if config.aggregation else None
+        self.norm = nn.BatchNorm2d(self.out_channels) if config.norm else nn.Identity()
 
-    def forward(self, batch: Batch) -> Float[Tensor, "B C Y X"]:
-        """Return ``bev_low`` of the batch's images."""
-        if batch.images is None or batch.intrinsics is None or batch.bev_from_camera is None:
-            raise ValueError("the lift_splat encoder needs images with calibration in the batch")
-        B, N = batch.images.shape[:2]
-        images = batch.images.flatten(0, 1).to(self.mean.dtype) / 255
-        stages = self.backbone((images - self.mean) / self.std).feature_maps
-        feature = self.neck(list(stages))
+    def forward(self, batch: Batch) -> tuple[Float[Tensor, "B C Y X"], Float[Tensor, "B N D H W"]]:
+        """Return ``bev_low`` of the batch's images, and the depth logits of the frame's own images."""
+        now, *earlier = _shots(batch, self.config.key_frames)
+        bev, depth = self._lift(now)
+        maps = [bev]
+        for shot in earlier:
+            with torch.no_grad():
+                maps.append(self._lift(shot)[0])
+        return self.norm(torch.cat(maps, dim=1)), depth.view(len(batch), -1, *depth.shape[1:])
+
+    def depth_loss(self, logits: Float[Tensor, "B N D H W"], depth: Sequence[LidarDepth]) -> Float[Tensor, ""]:
+        """Return BEVDepth's depth loss times ``depth_weight``.
+
+        Args:
+            depth: of each frame, in view pixels.
+        """
+        B, N, D, H, W = logits.shape
+        together = LidarDepth(
+            torch.cat([each.cameras + frame * N for frame, each in enumerate(depth)]),
+            torch.cat([each.pixels for each in depth]),
+            torch.cat([each.depth_m for each in depth]),
+        )
+        bins = self.config.depth
+        with torch.autocast(logits.device.type, enabled=False):
+            target = depth_targets(together, B * N, H, W, self.stride, bins.start, bins.step, D)
+            return self.config.depth_weight * depth_loss(logits.flatten(0, 1), target)
+
+    def _lift(self, shot: _Shot) -> tuple[Float[Tensor, "B C Y X"], Float[Tensor, "M D H W"]]:
+        """Return the map and the depth logits of the images of one key frame."""
+        B, N = shot.images.shape[:2]
+        feature = self.neck(list(self.backbone(self.normalise(shot.images.flatten(0, 1))).feature_maps))
         H, W = feature.shape[-2:]
         # Half precision would put one point in fifty into another cell.
         with torch.autocast(feature.device.type, enabled=False):
-            rays = _rays(self._pixels(H, W), batch.intrinsics.flatten(0, 1))
-            cells = self._cells(rays, batch.bev_from_camera.flatten(0, 1))
+            rays = _rays(self._pixels(H, W), shot.intrinsics.flatten(0, 1))
+            cells = self._cells(rays, shot.bev_from_camera.flatten(0, 1)).view(B, N * H * W, -1)
+            camera = shot.camera_vector()
         plane = rays[..., :2].permute(0, 2, 1).reshape(B * N, 2, H, W).to(feature.dtype)
-        lifted = self.depth_net(torch.cat([feature, plane], dim=1))
-        depth, context = lifted.flatten(2).permute(0, 2, 1).split([len(self.depths), self.out_channels], dim=-1)
-        bev = splat(
-            depth.float().softmax(dim=-1).reshape(B, N * H * W, -1),
-            context.reshape(B, N * H * W, -1),
-            cells.view(B, N * H * W, -1),
-            self.grid.shape,
-        )
-        return self.norm(bev)  # type: ignore[no-any-return]
+        logits, context = self.depth_net(feature, plane, camera.to(feature.dtype))
+        depth = logits.float().softmax(dim=1)
+        if self.aggregation is not None:
+            lifted = self.aggregation((depth[:, None] * context[:, :, None]).to(context.dtype))
+            points = lifted.permute(0, 3, 4, 2, 1).reshape(B, N * H * W, -1, self.config.channels)
+            return scatter(points, cells, self.grid.shape), logits
+        probability, content = (each.flatten(2).mT.reshape(B, N * H * W, -1) for each in (depth, context))
+        return splat(probability, content, cells, self.grid.shape), logits
 
     def _pixels(self, H: int, W: int) -> Float[Tensor, "P 2"]:
         """Return the image position (u, v) of each feature cell's centre."""
         v, u = torch.meshgrid(
-            torch.arange(H, device=self.mean.device), torch.arange(W, device=self.mean.device), indexing="ij"
+            torch.arange(H, device=self.depths.device), torch.arange(W, device=self.depths.device), indexing="ij"
         )
         return (torch.stack([u, v], dim=-1).reshape(-1, 2) + 0.5) * self.stride
 
@@ -177,52 +199,44 @@ class LiftSplatEncoder(nn.Module):
         return torch.where(inside, row * columns + column, -1).long()
 
 
+@dataclass(frozen=True)
+class _Shot:
+    """The images of one key frame, of all frames of a batch."""
+
+    images: UInt8[Tensor, "B N 3 H W"]
+    intrinsics: Float[Tensor, "B N 3 3"]
+    bev_from_camera: Float[Tensor, "B N 4 4"]
+    view_from_original: Float[Tensor, "B N 3 3"]
+    augmentation: Float[Tensor, "B 4 4"]
+
+    def camera_vector(self) -> Float[Tensor, "M 27"]:
+        """Return the values that describe each camera."""
+        cameras = self.images.shape[1]
+        return camera_vector(
+            self.intrinsics.flatten(0, 1).float(),
+            self.view_from_original.flatten(0, 1).float(),
+            self.bev_from_camera.flatten(0, 1).float(),
+            self.augmentation.repeat_interleave(cameras, dim=0),
+        )
+
+
+def _shots(batch: Batch, key_frames: int) -> list[_Shot]:
+    """Return the batch's images, key frame by key frame."""
+    found = (batch.images, batch.intrinsics, batch.bev_from_camera, batch.view_from_original)
+    cameras = [each for each in found if each is not None]
+    if len(cameras) < len(found):
+        raise ValueError(
+            "the lift_splat encoder needs images with intrinsics, bev_from_camera and view_from_original in the batch"
+        )
+    augmentation = torch.stack([affine.matrix() for affine in batch.affines]).to(cameras[1])
+    in_order = zip(*(each.chunk(key_frames, dim=1) for each in cameras), strict=True)
+    return [_Shot(images, intrinsics, pose, view, augmentation) for images, intrinsics, pose, view in in_order]
+
+
 def _rays(pixels: Float[Tensor, "P 2"], intrinsics: Float[Tensor, "M 3 3"]) -> Float[Tensor, "M P 3"]:
     """Return the camera-frame direction of each pixel, scaled to depth 1."""
     homogeneous = torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1)
     return torch.einsum("mij,pj->mpi", torch.linalg.inv(intrinsics.float()), homogeneous)
-
-
-def _backbone(config: BackboneConfig) -> tuple[nn.Module, list[int], list[int]]:
-    """Return the image network, its stages' channels and their strides."""
-    from transformers import AutoBackbone, AutoConfig
-
-    if config.weights is not None:
-        network = _pretrained(config.weights, config.options)
-    else:
-        settings = AutoConfig.for_model(config.model_type, **config.options)
-        network = AutoBackbone.from_config(settings)  # type: ignore[no-untyped-call]
-    side = 128
-    with torch.no_grad():
-        network.eval()
-        stages = network(torch.zeros(1, 3, side, side)).feature_maps
-        network.train()
-    return network, [stage.shape[1] for stage in stages], [math.ceil(side / stage.shape[-1]) for stage in stages]
-
-
-def _pretrained(folder: Path, options: dict[str, Any]) -> nn.Module:
-    """Return the image network of a local folder.
-
-    Raises:
-        CheckpointError: there is no such folder, or a weight is missing from it.
-    """
-    from transformers import AutoBackbone, AutoConfig
-
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"backbone weights: no such folder {folder}. Give a local folder with config.json and "
-            "model.safetensors, or set detector.encoder.backbone.weights: null for a random start."
-        )
-    # AutoBackbone.from_pretrained asks the hub even for a local folder; the class behind it does not.
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, **options)
-    kind: Any = type(AutoBackbone.from_config(config))  # type: ignore[no-untyped-call]
-    network, found = kind.from_pretrained(str(folder), config=config, local_files_only=True, output_loading_info=True)
-    if found["missing_keys"]:
-        raise CheckpointError(
-            f"backbone weights in {folder} lack {', '.join(sorted(found['missing_keys'])[:5])}. "
-            "Make detector.encoder.backbone.options fit the folder's config.json."
-        )
-    return network  # type: ignore[no-any-return]
 
 
 def build(config: Config, grid: BEVGrid) -> LiftSplatEncoder:

@@ -21,6 +21,7 @@ from bevkd.errors import ConfigError, report
 from bevkd.geometry.gaussian import draw_gaussians, gaussian_radius
 from bevkd.geometry.iou import circle_nms, rotated_nms
 from bevkd.grid import BEVGrid
+from bevkd.models.widths import scaled
 from bevkd.types import Boxes
 
 BRANCHES = {"reg": 2, "height": 1, "dim": 3, "rot": 2, "vel": 2}
@@ -95,6 +96,10 @@ class Config(PluginConfig):
     center_margin_m: float = Field(default=10.0, ge=0)
     center_z_m: tuple[float, float] = (-10.0, 10.0)
     nms: Annotated[NoNMS | CircleNMS | RotatedNMS, Field(discriminator="type")] = RotatedNMS()
+
+    def scaled(self, factor: float) -> Config:
+        """Return the config with the width multiplied by ``factor``."""
+        return self.model_copy(update={"channels": scaled(self.channels, factor)})
 
 
 @dataclass(frozen=True)

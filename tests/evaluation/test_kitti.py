@@ -1,0 +1,278 @@
+"""KITTI's metrics against a reference that follows the benchmark object by object."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import shapely
+
+from bevkd.data.sources.kitti import Config, KittiSource, build
+from bevkd.errors import ContractError, DataError
+from bevkd.evaluation.kitti import DIFFICULTIES, Report, evaluate, load_detections, save_detections
+from bevkd.evaluation.score import metrics_of
+from bevkd.types import Boxes
+from tests.data import kitti_kit
+from tests.data.kitti_kit import Line, label
+
+CLASSES = ("Car", "Pedestrian", "Cyclist")
+SIZES = {"Car": (1.5, 1.6, 4.0), "Van": (2.0, 1.9, 5.0), "Pedestrian": (1.8, 0.6, 0.8), "Cyclist": (1.7, 0.6, 1.8)}
+SIZES |= {"Person_sitting": (1.3, 0.6, 0.8), "Truck": (3.0, 2.5, 8.0)}
+
+
+# --- the reference: one object after another, as evaluate_object of the development kit ---
+
+
+@dataclass
+class Thing:
+    """One line of a label or result file."""
+
+    name: str
+    truncated: float
+    occluded: float
+    alpha: float
+    rectangle: list[float]
+    size: list[float]
+    location: list[float]
+    rotation: float
+    score: float
+
+    @classmethod
+    def parse(cls, line: str) -> Thing:
+        name, *words = line.split()
+        v = [float(word) for word in words] + [1.0] * (15 - len(words))
+        return cls(name, v[0], v[1], v[2], v[3:7], v[7:10], v[10:13], v[13], v[14])
+
+    @property
+    def height_px(self) -> float:
+        return self.rectangle[3] - self.rectangle[1]
+
+    @property
+    def ground(self) -> shapely.Polygon:
+        """The footprint in the camera's (x, z) plane."""
+        _, width, length = self.size
+        cos, sin = math.cos(self.rotation), math.sin(self.rotation)
+        ends = [(length / 2, width / 2), (length / 2, -width / 2), (-length / 2, -width / 2), (-length / 2, width / 2)]
+        x, _, z = self.location
+        return shapely.Polygon([(x + a * cos + b * sin, z - a * sin + b * cos) for a, b in ends])
+
+
+def image_overlap(a: Thing, b: Thing, of_a: bool = False) -> float:
+    first, second = shapely.box(*a.rectangle), shapely.box(*b.rectangle)
+    shared = first.intersection(second).area
+    return float(shared / (first.area if of_a else first.union(second).area))
+
+
+def ground_overlap(a: Thing, b: Thing) -> float:
+    shared = a.ground.intersection(b.ground).area
+    return float(shared / (a.ground.area + b.ground.area - shared))
+
+
+def volume_overlap(a: Thing, b: Thing) -> float:
+    high = max(a.location[1] - a.size[0], b.location[1] - b.size[0])  # y points down
+    shared = a.ground.intersection(b.ground).area * max(0.0, min(a.location[1], b.location[1]) - high)
+    return float(shared / (math.prod(a.size) + math.prod(b.size) - shared))
+
+
+OVERLAPS: dict[str, Callable[[Thing, Thing], float]] = {
+    "2D": image_overlap,
+    "BEV": ground_overlap,
+    "3D": volume_overlap,
+}
+
+
+@dataclass
+class Scene:
+    """One frame for one class and difficulty, prepared as the kit's cleanData does."""
+
+    truth: list[Thing]
+    found: list[Thing]
+    ignored_truth: list[int]
+    ignored_found: list[int]
+    overlaps: list[list[float]]
+    excused: list[bool]
+
+
+def prepare(truth: list[Thing], found: list[Thing], overlaps: Any, name: str, level: int, metric: str) -> Scene:
+    least = 0.7 if name == "Car" else 0.5
+    neighbour = {"Car": "Van", "Pedestrian": "Person_sitting"}.get(name)
+    ignored_truth = []
+    for each in truth:
+        too_hard = (
+            each.occluded > (0, 1, 2)[level]
+            or each.truncated > (0.15, 0.3, 0.5)[level]
+            or each.height_px <= (40, 25, 25)[level]
+        )
+        if each.name == name and not too_hard:
+            ignored_truth.append(0)
+        else:
+            ignored_truth.append(1 if each.name in (name, neighbour) else -1)
+    ignored_found = []
+    for each in found:
+        if abs(each.height_px) < (40, 25, 25)[level]:
+            ignored_found.append(1)
+        else:
+            ignored_found.append(0 if each.name == name else -1)
+    regions = [each for each in truth if each.name == "DontCare"] if metric == "2D" else []
+    excused = [any(image_overlap(each, region, of_a=True) > least for region in regions) for each in found]
+    return Scene(truth, found, ignored_truth, ignored_found, overlaps, excused)
+
+
+def match(scene: Scene, least: float, threshold: float | None) -> tuple[int, int, list[float], float]:
+    """Return true positives, false positives, scores of true positives and similarity; no threshold, no false ones."""
+    taken = [False] * len(scene.found)
+    true, scores, similarity = 0, [], 0.0
+    for i, truth in enumerate(scene.truth):
+        if scene.ignored_truth[i] == -1:
+            continue
+        best, best_score, best_overlap, by_ignored = -1, -math.inf, 0.0, False
+        for j, found in enumerate(scene.found):
+            overlap = scene.overlaps[i][j]
+            if overlap <= least or scene.ignored_found[j] == -1 or taken[j]:
+                continue
+            if threshold is None:
+                if found.score > best_score:
+                    best, best_score = j, found.score
+            elif found.score >= threshold:
+                if scene.ignored_found[j] == 0 and (overlap > best_overlap or by_ignored):
+                    best, best_overlap, by_ignored = j, overlap, False
+                elif scene.ignored_found[j] == 1 and best == -1:
+                    best, by_ignored = j, True
+        if best == -1:
+            continue
+        taken[best] = True
+        if scene.ignored_truth[i] == 0 and scene.ignored_found[best] == 0:
+            true += 1
+            scores.append(scene.found[best].score)
+            similarity += (1 + math.cos(truth.alpha - scene.found[best].alpha)) / 2
+    false = 0
+    for j, found in enumerate(scene.found):
+        if threshold is not None and found.score >= threshold and scene.ignored_found[j] == 0:
+            false += not taken[j] and not scene.excused[j]
+    return true, false, scores, similarity
+
+
+def reference(scenes: Sequence[Scene], least: float) -> tuple[float, float, float]:
+    """Return AP at 40 positions and at 11, and AOS at 40."""
+    objects = sum(state == 0 for scene in scenes for state in scene.ignored_truth)
+    scores = sorted((score for scene in scenes for score in match(scene, least, None)[2]), reverse=True)
+    thresholds, recall = [], 0.0
+    for index, score in enumerate(scores):
+        left = (index + 1) / objects
+        right = (index + 2) / objects if index < len(scores) - 1 else left
+        if right - recall < recall - left and index < len(scores) - 1:
+            continue
+        thresholds.append(score)
+        recall += 1 / 40.0
+    precision, similarity = [0.0] * 41, [0.0] * 41
+    for position, threshold in enumerate(thresholds):
+        counts = [match(scene, least, threshold) for scene in scenes]
+        total = sum(true + false for true, false, _, _ in counts)
+        precision[position] = sum(true for true, _, _, _ in counts) / total
+        similarity[position] = sum(alike for _, _, _, alike in counts) / total
+    best, best_alike = ([max(curve[position:]) for position in range(41)] for curve in (precision, similarity))
+    return sum(best[1:]) / 40, sum(best[::4]) / 11, sum(best_alike[1:]) / 40
+
+
+# --- random scenes ---
+
+
+def random_frame(rng: np.random.Generator) -> tuple[list[Line], list[Line]]:
+    """Return label and result lines: objects beside and on each other, found well, badly, twice or not at all."""
+    truth: list[Line] = []
+    found: list[Line] = []
+    for _ in range(rng.integers(1, 8)):
+        name = str(rng.choice(list(SIZES), p=[0.3, 0.1, 0.25, 0.2, 0.1, 0.05]))
+        size = np.array(SIZES[name]) * rng.uniform(0.9, 1.1, 3)
+        location = np.array([rng.uniform(-3, 3), 1.6, rng.uniform(8, 16)])
+        rotation, alpha = rng.uniform(-3, 3, 2)
+        corner = rng.uniform([300, 150], [340, 170])
+        extent = rng.uniform([30, 20], [80, 60])
+        truncated, occluded = round(rng.uniform(0, 0.6), 2) * (rng.random() < 0.4), int(rng.integers(0, 4))
+        occluded *= int(rng.random() < 0.5)
+        rectangle = np.concatenate([corner, corner + extent])
+        truth.append((name, truncated, occluded, alpha, *rectangle, *size, *location, rotation))
+        for _ in range(rng.integers(0, 3)):
+            near = rng.choice([0.02, 0.1])
+            called = name if rng.random() < 0.85 else str(rng.choice(CLASSES))
+            moved = location + rng.normal(0, near, 3) * [1, 0.3, 1] * size[1]
+            shifted = rectangle + rng.normal(0, 40 * near, 4)
+            shifted[3] = max(shifted[3], shifted[1] + 5)
+            grown = size * (1 + rng.normal(0, near / 2, 3))
+            turned = [alpha + rng.normal(0, 1), *shifted, *grown, *moved, rotation + rng.normal(0, near)]
+            found.append((called, -1, -1, *turned, round(rng.random(), 2)))
+    for _ in range(rng.integers(0, 3)):
+        corner = rng.uniform([250, 140], [380, 180])
+        region = np.concatenate([corner, corner + rng.uniform(40, 90, 2)])
+        truth.append(("DontCare", -1, -1, -10, *region, -1, -1, -1, -1000, -1000, -1000, -10))
+        inside = np.concatenate([corner + 3, corner + rng.uniform(28, 60, 2)])
+        name = str(rng.choice(CLASSES))
+        found.append((name, -1, -1, 0, *inside, *SIZES[name], 20, 1.6, 30, 0.1, round(rng.random(), 2)))
+    order = rng.permutation(len(found)).tolist()
+    return truth, [found[index] for index in order]
+
+
+def source_of(root: Path, frames: dict[str, list[Line]], **options: Any) -> KittiSource:
+    return build(Config(root=kitti_kit.write(root, frames), split="trainval", **options))
+
+
+def results(folder: Path, frames: dict[str, list[Line]]) -> Path:
+    folder.mkdir()
+    for token, lines in frames.items():
+        (folder / f"{token}.txt").write_text(kitti_kit.text(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    """Return the folder of 200 random frames with detections, and their metrics."""
+    root = tmp_path_factory.mktemp("scenes")
+    rng = np.random.default_rng(0)
+    frames = {f"{index:06d}": random_frame(rng) for index in range(200)}
+    source = source_of(root, {token: truth for token, (truth, _) in frames.items()})
+    folder = results(root / "found", {token: found for token, (_, found) in frames.items()})
+    return root, evaluate(source, load_detections(folder, source))
+
+
+@pytest.fixture(scope="module")
+def things(scenes: tuple[Path, Report]) -> list[tuple[list[Thing], list[Thing]]]:
+    root, _ = scenes
+
+    def read(path: Path) -> list[Thing]:
+        return [Thing.parse(line) for line in path.read_text().splitlines()]
+
+    return [(read(path), read(root / "found" / path.name)) for path in sorted((root / "training/label_2").glob("*"))]
+
+
+@pytest.mark.parametrize("metric", OVERLAPS)
+def test_ap_equals_the_reference_on_200_random_scenes(
+    scenes: tuple[Path, Report], things: list[tuple[list[Thing], list[Thing]]], metric: str
+) -> None:
+    _, report = scenes
+    overlaps = [
+        [[OVERLAPS[metric](a, b) if a.name != "DontCare" else 0.0 for b in found] for a in truth]
+        for truth, found in things
+    ]
+    seen = set()
+    for name in CLASSES:
+        for level, difficulty in enumerate(DIFFICULTIES):
+            prepared = [
+                prepare(truth, found, overlap, name, level, metric)
+                for (truth, found), overlap in zip(things, overlaps, strict=True)
+            ]
+            r40, r11, aos = reference(prepared, 0.7 if name == "Car" else 0.5)
+            where = f"{name} {difficulty}"
+            assert report.ap[name][metric][level] == pytest.approx(r40, abs=1e-12), where
+            assert report.ap_r11[name][metric][level] == pytest.approx(r11, abs=1e-12), where
+            if metric == "2D":
+                assert report.ap[name]["AOS"][level] == pytest.approx(aos, abs=1e-12), where
+            assert report.objects[name][level] == sum(each.ignored_truth.count(0) for each in prepared) > 41
+            seen.add(r40)
+    assert len(seen) == 9  # so that equality says something
+    assert 0.02 < min(seen) < max(seen) < 0.9
