@@ -205,11 +205,11 @@ def train_teacher(
     resume: Resume = False,
     as_json: Json = False,
 ) -> None:
-    """Train a detector from annotations alone."""
-    from pipeline.recipe import load_train
+    """Train a detector or a segmenter from annotations alone."""
+    from pipeline.recipe import load_teacher
     from pipeline.train_teacher import train_teacher as story
 
-    summary = story(load_train(recipe, overrides or []), out, resume, _Bars(as_json))
+    summary = story(load_teacher(recipe, overrides or []), out, resume, _Bars(as_json))
     _show_run(summary, as_json)
 
 

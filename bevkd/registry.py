@@ -1,6 +1,6 @@
 """Plug-ins: the folder is the registry.
 
-A plug-in named ``foo`` of a package is the module ``foo`` in it, with a pydantic ``Config`` and a function ``build``.
+A plug-in named ``foo`` of a package is the file ``foo.py`` in it, with a pydantic ``Config`` and a function ``build``.
 Other distributions add plug-ins with an entry point in the group named after the package, e.g.
 ``[project.entry-points."bevkd.distill"] mine = "my_package.mine"``.
 """
@@ -22,7 +22,8 @@ def names(package: str) -> list[str]:
 
 
 def _own(package: str) -> set[str]:
-    return {module.name for module in pkgutil.iter_modules(importlib.import_module(package).__path__)}
+    modules = pkgutil.iter_modules(importlib.import_module(package).__path__)
+    return {module.name for module in modules if not module.ispkg}
 
 
 def load(package: str, name: str) -> ModuleType:

@@ -39,7 +39,7 @@ _NOT_OF_THE_CACHE = {
     "loaders": True,
     "spec": True,  # the header holds what it says, the recipe where it lies
     "data": {"root", "index_dir", "labels", "labels_seed", "skip_missing"},
-    "teacher": {"run", "weights", "seconds_per_frame"},
+    "teacher": {"run", "weights", "checkpoint", "checkpoint_version", "checkpoint_kernels", "seconds_per_frame"},
 }
 
 _LEAST_QUEUE = 4
@@ -181,7 +181,8 @@ def prepare(recipe: CacheRecipe, limit: int | None, progress: Progress, device: 
     classes = tuple(recipe.data.classes)
     spec = load_spec(recipe.spec)
     teacher: Teacher = registry.load("bevkd.teachers", recipe.teacher.name).build(recipe.teacher, classes, device)
-    sample_shapes_of(spec, teacher.shapes, teacher.identity.name)  # refuses what the teacher does not write
+    # Refuses what the teacher does not write.
+    sample_shapes_of(spec, teacher.shapes, teacher.identity.name, getattr(teacher, "absent", None))
     source = open_source(recipe.data, view_for(teacher, spec).sensors, progress)
     header = Header(
         spec=spec,

@@ -16,6 +16,7 @@ from bevkd.models.weights import load_weights
 from bevkd.progress import Progress
 from pipeline.parts import check_files, choose_device, contract, open_source
 from pipeline.recipe import EvaluateRecipe, EvaluationConfig, StudentRecipe
+from pipeline.segmentation import evaluate_segmenter_run
 
 
 def open_evaluation(config: EvaluationConfig, detector: Detector, progress: Progress) -> FrameSource:
@@ -48,7 +49,10 @@ def evaluate_detector(
 def evaluate_run(run: Path, overrides: Sequence[str], progress: Progress) -> Report:
     """Return the metrics of a finished run; ``overrides`` change its recipe, e.g. the frames."""
     path = run / "recipe.yaml"
-    recipe = parse(StudentRecipe, apply_overrides(read_yaml(path), overrides), str(path))
+    values = apply_overrides(read_yaml(path), overrides)
+    if "segmenter" in values:
+        return evaluate_segmenter_run(run, values, progress)
+    recipe = parse(StudentRecipe, values, str(path))
     if recipe.evaluation is None:
         raise ConfigError(f"the recipe of {run} has no 'evaluation'. Add --set evaluation.data='{{name: ..., ...}}'.")
     detector = Detector(recipe.detector, tuple(recipe.data.classes)).to(choose_device(recipe.device))

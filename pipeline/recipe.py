@@ -11,10 +11,12 @@ from pydantic import Field, field_validator
 
 from bevkd import config
 from bevkd.config import PluginConfig, StrictModel, plugin
-from bevkd.data.augment import AugmentConfig
+from bevkd.data.augment import AugmentConfig, ImageAugment
+from bevkd.data.instances import InstanceDataConfig
 from bevkd.distill.base import DistillLossConfig
 from bevkd.errors import ConfigError
 from bevkd.models.detector import DetectorConfig
+from bevkd.models.segmenter import SegmenterConfig
 from bevkd.training.config import TrainingConfig
 
 Source = plugin("bevkd.data.sources")
@@ -46,6 +48,30 @@ class TrainRecipe(StrictModel):
     evaluation: EvaluationConfig | None = None
     detector: DetectorConfig
     augment: AugmentConfig = AugmentConfig()
+    training: TrainingConfig
+    device: str | None = None
+
+
+class SegmenterEvaluation(StrictModel):
+    """Which images the mask metrics are computed on."""
+
+    data: InstanceDataConfig
+    batch_size: int = Field(4, gt=0)
+
+
+class SegmenterRecipe(StrictModel):
+    """Of ``train-teacher`` for a segmenter: what tells it from a detector's recipe is the key ``segmenter``.
+
+    Attributes:
+        data: images to train on.
+        evaluation: None skips the evaluation at the end.
+        device: e.g. ``cpu`` or ``cuda``; None takes a GPU if there is one.
+    """
+
+    data: InstanceDataConfig
+    evaluation: SegmenterEvaluation | None = None
+    segmenter: SegmenterConfig
+    augment: ImageAugment = ImageAugment()
     training: TrainingConfig
     device: str | None = None
 
@@ -139,8 +165,17 @@ def find(recipe: str) -> Path:
 
 
 def load_train(recipe: str, overrides: Sequence[str]) -> TrainRecipe:
-    """Return a ``train-teacher`` recipe with overrides applied."""
+    """Return a ``train-teacher`` recipe of a detector with overrides applied."""
     return config.load(TrainRecipe, find(recipe), overrides)
+
+
+def load_teacher(recipe: str, overrides: Sequence[str]) -> TrainRecipe | SegmenterRecipe:
+    """Return a ``train-teacher`` recipe with overrides applied: of a segmenter if it has the key ``segmenter``."""
+    path = find(recipe)
+    values = config.apply_overrides(config.read_yaml(path), overrides)
+    if "segmenter" in values:
+        return config.parse(SegmenterRecipe, values, str(path))
+    return config.parse(TrainRecipe, values, str(path))
 
 
 def load_student(recipe: str, overrides: Sequence[str]) -> StudentRecipe:

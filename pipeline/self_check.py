@@ -17,7 +17,10 @@ from bevkd.types import Boxes
 from pipeline.parts import open_source
 
 MOST_FRAMES = 2000
-"""Frames that are scored, spread evenly over the labelled ones: enough to tell a teacher from noise in minutes."""
+"""Frames that are scored, spread evenly over the labelled ones, so that large caches take no more than minutes."""
+
+MOST_BY_CHANCE = 250
+"""Of these, frames that are scored again with the boxes of others."""
 
 _DIGITS = 4
 """Of the scores, so that they are the same on every machine that may seal the cache."""
@@ -42,11 +45,12 @@ def check_boxes(source: FrameSource, data: PluginConfig, progress: Progress, rea
     if not tokens:
         return SelfCheck(not_scored="no frame of the cache is labelled")
     progress.note(f"self-check: scoring the boxes of {len(tokens)} frames")
-    boxes = [reader.boxes(token) for token in tokens]
+    boxes = {token: reader.boxes(token) for token in tokens}
     reach = reach_m(held.grid)
     try:
-        scores = _score(source, dict(zip(tokens, boxes, strict=True)), reach)
-        chance = _score(source, dict(zip(tokens, _others(boxes), strict=True)), reach) if len(boxes) > 1 else {}
+        scores = _score(source, boxes, reach)
+        others = _exchanged({token: boxes[token] for token in _spread(tokens, MOST_BY_CHANCE)})
+        chance = _score(source, others, reach) if len(others) > 1 else {}
     except BevkdError as error:
         progress.note(f"self-check: {error}")
         return SelfCheck(not_scored="the metrics refuse its boxes, 'bevkd evaluate --cache' says why")
@@ -76,10 +80,11 @@ def _spread(tokens: Sequence[str], most: int) -> list[str]:
     return [tokens[index * len(tokens) // count] for index in range(count)]
 
 
-def _others(boxes: Sequence[Boxes]) -> list[Boxes]:
-    """Return for each frame the boxes of one half of the data set away, as a rule of another drive."""
-    half = len(boxes) // 2
-    return [*boxes[half:], *boxes[:half]]
+def _exchanged(boxes: Mapping[str, Boxes]) -> dict[str, Boxes]:
+    """Return for each frame the boxes of the one half of the frames away, which as a rule is of another drive."""
+    tokens = list(boxes)
+    half = len(tokens) // 2
+    return {token: boxes[other] for token, other in zip(tokens, tokens[half:] + tokens[:half], strict=True)}
 
 
 def _score(source: FrameSource, boxes: Mapping[str, Boxes], reach: float | None) -> dict[str, float]:

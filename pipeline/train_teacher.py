@@ -1,4 +1,4 @@
-"""Train a detector from annotations alone: a teacher, or any plain detector."""
+"""Train a detector or a segmenter from annotations alone: a teacher, or any plain detector."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from pathlib import Path
 
 from bevkd.progress import Progress
 from pipeline.parts import open_source
-from pipeline.recipe import TrainRecipe
+from pipeline.recipe import SegmenterRecipe, TrainRecipe
+from pipeline.train_segmenter import train_segmenter
 from pipeline.training import PLAIN, RunSummary, seeded_detector, train
 
 
-def train_teacher(recipe: TrainRecipe, run: Path, resume: bool, progress: Progress) -> RunSummary:
-    """Train the detector of ``recipe`` in the folder ``run`` and evaluate it."""
+def train_teacher(recipe: TrainRecipe | SegmenterRecipe, run: Path, resume: bool, progress: Progress) -> RunSummary:
+    """Train the detector or segmenter of ``recipe`` in the folder ``run`` and evaluate it."""
+    if isinstance(recipe, SegmenterRecipe):
+        return train_segmenter(recipe, run, resume, progress)
     source = open_source(recipe.data, recipe.detector.training_sensors, progress)
     return train(recipe, source, seeded_detector(recipe), PLAIN, run, resume, progress)

@@ -21,11 +21,12 @@ from bevkd.evaluation.score import Report
 from bevkd.models.detector import Detector, DetectorConfig, view_of
 from bevkd.progress import Progress
 from bevkd.training.checkpoint import write_atomic
+from bevkd.training.config import TrainingConfig
 from bevkd.training.loop import Trainer, TrainingResult
-from bevkd.training.objective import Objective
+from bevkd.training.objective import Objective, SegmenterObjective
 from pipeline.evaluate import evaluate_detector, open_evaluation
 from pipeline.parts import check_files, choose_device, is_main_process, prepare_run
-from pipeline.recipe import TrainRecipe
+from pipeline.recipe import SegmenterRecipe, TrainRecipe
 
 
 @dataclass(frozen=True)
@@ -102,18 +103,10 @@ def train(
     device = choose_device(recipe.device)
     evaluation = recipe.evaluation
     held_out = open_evaluation(evaluation, detector, progress) if evaluation else None
-    prepare_run(run, recipe, resume)
     readers = {name: reader for name, (reader, _) in distillation.caches.items()}
     objective = Objective(detector, distillation.losses, readers)
-    facts = {
-        "recipe": digest(recipe),
-        "classes": detector.classes,
-        "caches": {name: reader.manifest.name for name, reader in readers.items()},
-    }
-    # One key only: safetensors writes several in an order of chance, and equal runs would have unequal files.
-    metadata = {"bevkd": json.dumps(facts, sort_keys=True)}
-    trainer = Trainer(objective, recipe.training, run, device.type, metadata)
-    step = trainer.resume()
+    used = {name: reader.manifest.name for name, reader in readers.items()}
+    trainer, step = open_run(objective, recipe, {"classes": detector.classes, "caches": used}, run, resume, device)
     known = f"{len(labelled)} labelled" + (f" and {len(unlabelled)} unlabelled" if unlabelled else "")
     progress.note(f"{known} frames" + (f", resuming at step {step}" if step else ""))
     if distillation.shuffle:
@@ -125,9 +118,33 @@ def train(
     if evaluation and held_out and is_main_process():
         detector.load_state_dict(trainer.final_weights())
         report = evaluate_detector(detector, held_out, evaluation, run, progress)
-    summary = RunSummary(run, cost, report)
+    return close_run(RunSummary(run, cost, report))
+
+
+def open_run(
+    objective: Objective | SegmenterObjective,
+    recipe: TrainRecipe | SegmenterRecipe,
+    facts: Mapping[str, object],
+    run: Path,
+    resume: bool,
+    device: torch.device,
+) -> tuple[Trainer, int]:
+    """Return the trainer of a run folder, which is made if it is not there, and the step that it goes on from.
+
+    Args:
+        facts: what the weight file says about itself, beside the recipe.
+    """
+    prepare_run(run, recipe, resume)
+    # One key only: safetensors writes several in an order of chance, and equal runs would have unequal files.
+    metadata = {"bevkd": json.dumps({"recipe": digest(recipe), **facts}, sort_keys=True)}
+    trainer = Trainer(objective, recipe.training, run, device.type, metadata)
+    return trainer, trainer.resume()
+
+
+def close_run(summary: RunSummary) -> RunSummary:
+    """Keep the summary of a run in its folder, and return it."""
     if is_main_process():
-        write_atomic(run / "result.json", json.dumps(summary.to_json(), indent=1).encode())
+        write_atomic(summary.run / "result.json", json.dumps(summary.to_json(), indent=1).encode())
     return summary
 
 
@@ -136,9 +153,14 @@ def loaded_sensors(config: DetectorConfig, cached_depth: bool) -> frozenset[Sens
     return config.training_sensors - (frozenset({"lidar_depth"}) if cached_depth else frozenset())
 
 
+def seed(config: TrainingConfig) -> None:
+    """Set the process's random state and threads, so that weights are drawn from the recipe's seed alone."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+
+
 def seeded_detector(recipe: TrainRecipe) -> Detector:
     """Return the recipe's detector with weights drawn from its seed alone; also sets the process's threads."""
-    if recipe.training.threads is not None:
-        torch.set_num_threads(recipe.training.threads)
-    torch.manual_seed(recipe.training.seed)
+    seed(recipe.training)
     return Detector(recipe.detector, tuple(recipe.data.classes))

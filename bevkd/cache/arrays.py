@@ -91,7 +91,7 @@ def all_arrays(spec: CacheSpec, sample_shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 def sample_shapes_of(
-    spec: CacheSpec, written: Mapping[str, tuple[int, ...]], teacher: str
+    spec: CacheSpec, written: Mapping[str, tuple[int, ...]], teacher: str, reasons: Mapping[str, str] | None = None
 ) -> dict[str, tuple[int, ...]]:
     """Return the shape of one sample per map and point signal of ``spec``.
 
@@ -99,6 +99,7 @@ def sample_shapes_of(
         written: shape per map that the teacher writes ([C,Y,X]; ``box_code`` [T,10,Y,X]); a teacher that writes
             instances lists them with the shape ().
         teacher: its name, for messages.
+        reasons: why it does not write a map, by the map's name.
 
     Raises:
         CacheSpecError: the teacher does not write a map that ``spec`` stores or takes points from.
@@ -109,7 +110,8 @@ def sample_shapes_of(
         needed = {POINTS.get(signal, signal)} - {"boxes", *FROM_DATA}
         needed |= {"heatmap"} if stored.encoding == "sparse" else set()
         if absent := sorted(needed - set(written)):
-            faults.append(f"signals.{signal} needs {' and '.join(absent)}")
+            why = "".join(f" ({reasons[name]})" for name in absent if reasons and name in reasons)
+            faults.append(f"signals.{signal} needs {' and '.join(absent)}{why}")
         elif signal in POINTS:
             shapes[signal] = (9, written[POINTS[signal]][0])
         elif signal in MAPS:

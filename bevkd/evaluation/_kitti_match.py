@@ -1,9 +1,9 @@
 """KITTI's matching of detections with labels, and its average precision, vectorised over frames and thresholds.
 
 The rules are those of the benchmark's ``evaluate_object``. Objects of all frames stand in one list. A state says what
-an object does for one class and difficulty: it counts, it is ignored (a match with it is neither right nor wrong), or it
-is not there. Labels choose their detections one after another, in the order of the file; only labels of one frame depend
-on each other, so the k-th labels of all frames choose at once, at all score thresholds at once.
+an object does for one class and difficulty: it counts, it is ignored (a match with it is neither right nor wrong), or
+it is not there. Labels choose their detections one after another, in the order of the file; only labels of one frame
+depend on each other, so the k-th labels of all frames choose at once, at all score thresholds at once.
 
 Letters: G labels, D detections, p pairs, T score thresholds, n labels that choose at once, c detections to choose from.
 """

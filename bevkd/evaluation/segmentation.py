@@ -172,7 +172,10 @@ def score_instances(
     return SegmentationReport(
         mask=_mean(masks),
         box=_mean(boxes),
-        per_class={name: ClassPrecision(*each) for name, *each in zip(classes, masks, boxes, counts, strict=True)},
+        per_class={
+            name: ClassPrecision(*scores)
+            for name, scores in zip(classes, zip(masks, boxes, counts, strict=True), strict=True)
+        },
         images=len(sizes),
         min_area_px=min_area_px,
     )

@@ -92,13 +92,13 @@ class DetectorOutput:
     """All that a detector says about a batch, by the names that signals have.
 
     Attributes:
-        bev_low: encoder output.
+        bev_low: encoder output; pillars may be finer than the grid.
         bev_high: BEV encoder output.
         head: class logits and box codes.
         depth: logits of the depth bins of each image, where the encoder predicts depth.
     """
 
-    bev_low: Float[Tensor, "B C Y X"]
+    bev_low: Float[Tensor, "B C y x"]
     bev_high: Float[Tensor, "B D Y X"]
     head: HeadOutput
     depth: Float[Tensor, "B N bins H W"] | None = None

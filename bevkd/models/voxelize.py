@@ -127,7 +127,7 @@ def _unflatten(voxels: Int[Tensor, "V"], shape: tuple[int, int, int]) -> Int[Ten
 def _early(frame: Int[Tensor, "V"], first_point: Int[Tensor, "V"], limit: int) -> Bool[Tensor, "V"]:
     """Return whether each voxel is among the ``limit`` voxels of its frame that got a point first."""
     # The voxels of a frame stand side by side.
-    firsts = first_point.split(torch.bincount(frame).tolist())
+    firsts = torch.split(first_point, torch.bincount(frame).tolist())
     last = torch.stack([own.kthvalue(limit).values if len(own) > limit else own.new_tensor(_INT32) for own in firsts])
     return first_point <= last[frame]
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bevkd.errors import CheckpointError, report
+from bevkd.errors import BevkdError, CheckpointError, report
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -44,6 +44,11 @@ def load_weights(path: Path, model: nn.Module) -> None:
         if name in found and wanted[name].shape != found[name].shape
     ]
     if faults:
-        shown = [*faults[:12], *([f"and {len(faults) - 12} more"] if len(faults) > 12 else [])]
-        raise report(CheckpointError, f"{path} does not fit the model of this recipe:", shown)
+        raise misfit(path, faults)
     model.load_state_dict(found)
+
+
+def misfit(path: Path, faults: Sequence[str]) -> BevkdError:
+    """Return the error that a file does not fit the model; it lists the first dozen of ``faults``."""
+    shown = [*faults[:12], *([f"and {len(faults) - 12} more"] if len(faults) > 12 else [])]
+    return report(CheckpointError, f"{path} does not fit the model of this recipe:", shown)

@@ -20,6 +20,8 @@ class Teacher(Protocol):
         view: the sensors and image size that it reads.
         shapes: per-sample shape of each map that it writes; it always writes ``boxes`` as well. One that writes
             ``instances`` lists them with the shape ().
+
+    It may also have ``absent``, a mapping that says why it does not write a map, for the message that refuses a spec.
     """
 
     identity: TeacherIdentity

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -11,12 +10,13 @@ import torch
 from pydantic import model_validator
 
 from bevkd.cache.manifest import TeacherIdentity
-from bevkd.config import PluginConfig, parse, read_yaml
+from bevkd.config import PluginConfig, parse
 from bevkd.data.collate import Batch
-from bevkd.errors import CheckpointError, ContractError
 from bevkd.models.detector import Detector, DetectorConfig, view_of
 from bevkd.models.weights import load_weights
+from bevkd.teachers._runs import trained_part, weights_digest
 from bevkd.teachers.base import Teacher
+from bevkd.teachers.checkpoints import Kernels, Version, load_checkpoint
 from bevkd.types import Signals
 
 
@@ -26,7 +26,11 @@ class Config(PluginConfig):
     Attributes:
         run: folder of a ``train-teacher`` run, which says what its detector is.
         detector: the architecture instead.
-        weights: its safetensors file; None draws random weights, e.g. to time a cache or to test a pipeline.
+        weights: its safetensors file; without one, or a ``checkpoint``, its weights are random, e.g. to time a cache or
+            to test a pipeline.
+        checkpoint: file of another framework instead: OpenPCDet, mmdetection3d, CenterPoint (det3d), BEVFusion (MIT).
+        checkpoint_version: of mmdetection3d, if the file does not say: 1.0 changed what sizes and yaw mean.
+        checkpoint_kernels: order of the file's sparse kernels, if their shapes do not tell.
         seed: of random weights.
         precision: of its dense layers; ``bfloat16`` and ``float16`` make most GPUs twice as fast. Sparse convolutions
             and the decoding of boxes stay in float32.
@@ -36,6 +40,9 @@ class Config(PluginConfig):
     run: Path | None = None
     detector: DetectorConfig | None = None
     weights: Path | None = None
+    checkpoint: Path | None = None
+    checkpoint_version: Version | None = None
+    checkpoint_kernels: Kernels | None = None
     seed: int = 0
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
 
@@ -43,8 +50,10 @@ class Config(PluginConfig):
     def _check(self) -> Config:
         if (self.run is None) == (self.detector is None):
             raise ValueError("give either 'run' (a folder of train-teacher) or 'detector' (an architecture), not both")
-        if self.run is not None and self.weights is not None:
-            raise ValueError("'weights' belong to 'detector'; a 'run' brings its own")
+        if self.run is not None and (self.weights is not None or self.checkpoint is not None):
+            raise ValueError("'weights' and 'checkpoint' belong to 'detector'; a 'run' brings its own")
+        if self.weights is not None and self.checkpoint is not None:
+            raise ValueError("give either 'weights' (safetensors of bevkd) or 'checkpoint' (another framework's file)")
         return self
 
 
@@ -64,8 +73,18 @@ class DetectorTeacher:
         self._device, self._precision = device, precision
         rows_columns = self.grid.shape
         tasks = len(detector.head.tasks)
+        fineness = getattr(detector.encoder, "fineness", 1)
+        low = {"bev_low": (detector.encoder.out_channels, *rows_columns)} if fineness == 1 else {}
+        self.absent: Mapping[str, str] = (
+            {}
+            if low
+            else {
+                "bev_low": f"each cell of the grid has {fineness} x {fineness} of the encoder's pillars, and maps in "
+                "caches lie on the grid"
+            }
+        )
         self.shapes: Mapping[str, tuple[int, ...]] = {
-            "bev_low": (detector.encoder.out_channels, *rows_columns),
+            **low,
             "bev_high": (detector.bev_encoder.out_channels, *rows_columns),
             "heatmap": (len(self.classes), *rows_columns),
             "box_code": (tasks, 10, *rows_columns),
@@ -78,7 +97,7 @@ class DetectorTeacher:
         with torch.autocast(self._device.type, self._precision if half else None, enabled=half):
             output = self._detector(batch.to(self._device))
         return Signals(
-            bev_low=output.bev_low,
+            bev_low=output.bev_low if "bev_low" in self.shapes else None,
             bev_high=output.bev_high,
             heatmap=output.head.heatmap,
             box_code=output.head.box_code,
@@ -91,48 +110,37 @@ def build(config: Config, classes: tuple[str, ...], device: torch.device) -> Tea
 
     Raises:
         ContractError: the run was trained on other classes.
-        CheckpointError: the run's weights are missing or do not fit.
+        CheckpointError: the weights are missing or do not fit.
     """
-    detector_config = _trained(config.run, classes) if config.run else config.detector
+    detector_config = config.detector
+    if config.run:
+        trained = trained_part(config.run, "detector", classes)
+        detector_config = parse(DetectorConfig, trained, str(config.run / "recipe.yaml"))
     assert detector_config is not None  # the config's validator sees to it
     torch.manual_seed(config.seed)
     detector = Detector(detector_config, classes)
-    weights = config.run / "model.safetensors" if config.run else config.weights
-    if weights:
-        load_weights(weights, detector)
+    origin = _load(config, detector)
     identity = TeacherIdentity(
         name=config.name,
         architecture=detector_config.model_dump(mode="json"),
-        weights_sha256=_weights_digest(detector),
+        weights_sha256=weights_digest(detector),
         preprocessing={
             "sensors": [str(sensor) for sensor in sorted(detector_config.sensors)],
             "augmentation": None,
             "precision": config.precision,
         },
-        origin=weights.name if weights else f"random weights of seed {config.seed}",
+        origin=origin,
     )
     return DetectorTeacher(detector, identity, device, getattr(torch, config.precision))
 
 
-def _trained(run: Path, classes: Sequence[str]) -> DetectorConfig:
-    if not (run / "recipe.yaml").is_file():
-        raise CheckpointError(
-            f"teacher.run: there is no run in {run} (no recipe.yaml). Give the --out folder of a train-teacher run."
-        )
-    recipe = read_yaml(run / "recipe.yaml")
-    trained_on = recipe.get("data", {}).get("classes", [])
-    if list(trained_on) != list(classes):
-        raise ContractError(
-            f"the teacher in {run} was trained on the classes {', '.join(trained_on)}, this recipe has "
-            f"{', '.join(classes)}. Set data.classes to the teacher's list, in its order."
-        )
-    return parse(DetectorConfig, recipe["detector"], str(run / "recipe.yaml"))
-
-
-def _weights_digest(detector: Detector) -> str:
-    """Return the SHA-256 over names, shapes and bytes of all weights, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(detector.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _load(config: Config, detector: Detector) -> str:
+    """Load the weights that the config names and return where they are from."""
+    if config.checkpoint:
+        layout = load_checkpoint(config.checkpoint, detector, config.checkpoint_version, config.checkpoint_kernels)
+        return f"{config.checkpoint.name}, converted from {layout}"
+    weights = config.run / "model.safetensors" if config.run else config.weights
+    if weights is None:
+        return f"random weights of seed {config.seed}"
+    load_weights(weights, detector)
+    return weights.name

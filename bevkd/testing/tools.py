@@ -24,7 +24,7 @@ def batch_of(source: FrameSource, view: View, tokens: Sequence[str] | None = Non
 
 def close(found: Tensor, wanted: Tensor, what: str) -> None:
     """Check that two tensors are the same but for rounding, relative to the largest value."""
-    found, wanted = found.float(), wanted.float()
+    found, wanted = found.detach().float(), wanted.detach().float()
     scale = max(1.0, float(wanted.abs().max())) if wanted.numel() else 1.0
     torch.testing.assert_close(
         found / scale, wanted / scale, rtol=0, atol=TOLERANCE, equal_nan=True, msg=lambda text: f"{what}: {text}"

@@ -1,4 +1,4 @@
-"""The training loop: one for teachers, plain students and distilled students."""
+"""The training loop: one for teachers, plain students, distilled students and segmenters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bevkd.data.collate import Batch, Sample, collate
+from bevkd.data.collate import Batch
+from bevkd.data.instances import ImageBatch, InstanceDataset
 from bevkd.data.join import TrainingDataset
 from bevkd.data.sampler import PositionSampler
 from bevkd.errors import TrainingError
@@ -26,7 +27,7 @@ from bevkd.models.weights import save_weights
 from bevkd.progress import Progress
 from bevkd.training.checkpoint import Checkpoints
 from bevkd.training.config import TrainingConfig
-from bevkd.training.objective import Objective
+from bevkd.training.objective import Objective, SegmenterObjective
 from bevkd.training.tracking import Tracker
 
 
@@ -88,7 +89,12 @@ class Trainer:
     """
 
     def __init__(
-        self, objective: Objective, config: TrainingConfig, run: Path, device: str | None, metadata: Mapping[str, str]
+        self,
+        objective: Objective | SegmenterObjective,
+        config: TrainingConfig,
+        run: Path,
+        device: str | None,
+        metadata: Mapping[str, str],
     ) -> None:
         self.config, self.run, self.metadata = config, run, dict(metadata)
         self.accelerator = Accelerator(mixed_precision=config.precision, cpu=device == "cpu")
@@ -97,7 +103,7 @@ class Trainer:
         trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.model, self.optimizer = self.accelerator.prepare(objective, optimizer)
-        self.average = MovingAverage(objective.detector, config.ema) if config.ema else None
+        self.average = MovingAverage(objective.model, config.ema) if config.ema else None
         self.checkpoints = Checkpoints(run / "checkpoints", config.keep)
         self.step = 0
 
@@ -118,7 +124,7 @@ class Trainer:
             torch.cuda.set_rng_state_all([each.cpu() for each in state["random"]["cuda"]])
         return self.step
 
-    def train(self, dataset: TrainingDataset, progress: Progress) -> TrainingResult:
+    def train(self, dataset: TrainingDataset | InstanceDataset, progress: Progress) -> TrainingResult:
         """Run the remaining steps, write ``model.safetensors`` and return what they cost."""
         main = self.accelerator.is_main_process
         tracker = Tracker(self.run, self.step) if main else None
@@ -150,10 +156,10 @@ class Trainer:
         return self._result(seconds, waits)
 
     def final_weights(self) -> dict[str, Tensor]:
-        """Return the detector's weights, averaged if the run averages; no distillation module is among them."""
-        return self.average.weights if self.average else self.objective.detector.state_dict()
+        """Return the model's weights, averaged if the run averages; no distillation module is among them."""
+        return self.average.weights if self.average else self.objective.model.state_dict()
 
-    def _step(self, batches: Iterator[Batch]) -> tuple[dict[str, float], float]:
+    def _step(self, batches: Iterator[Batch | ImageBatch]) -> tuple[dict[str, float], float]:
         """Take one optimizer step; return its loss terms and the seconds spent waiting for data."""
         config, waited = self.config, 0.0
         for group in self.optimizer.param_groups:
@@ -178,10 +184,10 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         if self.average is not None:
-            self.average.update(self.objective.detector, self.step)
+            self.average.update(self.objective.model, self.step)
         return sums, waited
 
-    def _refuse_non_finite(self, terms: Mapping[str, Tensor], loss: Tensor, batch: Batch) -> None:
+    def _refuse_non_finite(self, terms: Mapping[str, Tensor], loss: Tensor, batch: Batch | ImageBatch) -> None:
         if bool(torch.isfinite(loss)):
             return
         bad = ", ".join(name for name, value in terms.items() if not bool(torch.isfinite(value)))
@@ -192,7 +198,7 @@ class Trainer:
             "Train again in another --out with a lower training.learning_rate or a lower weight of that term."
         )
 
-    def _batches(self, dataset: TrainingDataset) -> Iterator[Batch]:
+    def _batches(self, dataset: TrainingDataset | InstanceDataset) -> Iterator[Batch | ImageBatch]:
         config, accelerator = self.config, self.accelerator
         per_step = config.batch_size * config.accumulation * accelerator.num_processes
         sampler = PositionSampler(
@@ -202,12 +208,12 @@ class Trainer:
             accelerator.process_index,
             accelerator.num_processes,
         )
-        loader: DataLoader[Sample] = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_size=config.batch_size,
             sampler=sampler,
             num_workers=config.workers,
-            collate_fn=collate,
+            collate_fn=self.objective.collate,
             # Its own, so that starting to load draws nothing from the random state that a checkpoint restores.
             generator=torch.Generator(),
             pin_memory=accelerator.device.type == "cuda",

@@ -1,4 +1,4 @@
-"""What a training step minimises: detection on labelled frames plus distillation terms."""
+"""What a training step minimises: of detectors their own losses and those of distillation, of segmenters their own."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from bevkd.cache.reader import CacheReader
-from bevkd.data.collate import Batch
+from bevkd.data.collate import Batch, collate
+from bevkd.data.instances import ImageBatch, collate_images
 from bevkd.distill.base import DistillLoss, TeacherBatch
 from bevkd.models.detector import Detector
+from bevkd.models.segmenter import Segmenter
 
 
 class Objective(nn.Module):
@@ -21,6 +23,8 @@ class Objective(nn.Module):
         caches: readers by cache name; only their specs are used here.
     """
 
+    collate = staticmethod(collate)
+
     def __init__(
         self, detector: Detector, losses: list[tuple[str, str, DistillLoss]], caches: Mapping[str, CacheReader]
     ) -> None:
@@ -29,6 +33,11 @@ class Objective(nn.Module):
         self.losses = losses
         self.adapters = nn.ModuleList(loss for _, _, loss in losses if isinstance(loss, nn.Module))
         self._specs = {name: reader.manifest.spec for name, reader in caches.items()}
+
+    @property
+    def model(self) -> nn.Module:
+        """What a run leaves: the detector, without what only distillation needs."""
+        return self.detector
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return every weighted term by name; the loss is their sum."""
@@ -42,3 +51,25 @@ class Objective(nn.Module):
             with torch.autocast(output.bev_low.device.type, enabled=False):
                 terms |= {f"{label}/{name}": value for name, value in loss(output, teachers[cache], batch).items()}
         return terms
+
+
+class SegmenterObjective(nn.Module):
+    """A segmenter and the losses of its head."""
+
+    collate = staticmethod(collate_images)
+
+    def __init__(self, segmenter: Segmenter) -> None:
+        super().__init__()
+        self.segmenter = segmenter
+
+    @property
+    def model(self) -> nn.Module:
+        """What a run leaves: the segmenter."""
+        return self.segmenter
+
+    def forward(self, batch: ImageBatch) -> dict[str, Tensor]:
+        """Return every weighted term by name; the loss is their sum."""
+        head, (height, width) = self.segmenter.head, batch.images.shape[-2:]
+        targets = head.targets(batch.instances, len(batch), height, width)
+        losses = head.loss(self.segmenter(batch.images), targets)
+        return {f"segmentation/{name}": value for name, value in losses.items()}

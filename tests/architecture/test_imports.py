@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bevkd.errors", "bevkd.signals", "bevkd.types", "bevkd.grid", "bevkd.config", "bevkd.registry", "bevkd.progress"),
     ("bevkd.geometry",),
     ("bevkd.data", "bevkd.teachers", "bevkd.distill", "bevkd.cache", "bevkd.models"),
-    ("bevkd.training", "bevkd.evaluation", "bevkd.viz", "bevkd.world"),
+    ("bevkd.training", "bevkd.evaluation", "bevkd.viz", "bevkd.world", "bevkd.testing"),
     ("pipeline", "cache_specs"),
     ("cli",),
 )
@@ -100,9 +100,9 @@ def test_bevkd_itself_imports_none_of_its_parts() -> None:
     assert {name for name in imports("bevkd") if layer(name) is not None or within(name, "torch", "numpy")} == set()
 
 
-def test_only_the_pipeline_and_the_registry_know_teachers() -> None:
-    outside = {module for module in importers("bevkd.teachers") if not within(module, "bevkd.teachers", "pipeline")}
-    assert outside == set()
+def test_only_the_pipeline_the_suites_and_the_registry_know_teachers() -> None:
+    allowed = ("bevkd.teachers", "bevkd.testing", "pipeline")
+    assert {module for module in importers("bevkd.teachers") if not within(module, *allowed)} == set()
     assert importers("bevkd.teachers") & {module for module in sources() if within(module, "pipeline")} == {
         "pipeline.cache_teacher"
     }

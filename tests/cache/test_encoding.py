@@ -17,7 +17,7 @@ from bevkd.cache.quantise import Quantised, quantise
 from bevkd.cache.spec import SignalSpec
 from bevkd.errors import CacheError
 from bevkd.geometry.masks import spread
-from bevkd.types import Boxes, BoxPoints, Instances, SparseMap
+from bevkd.types import Boxes, BoxPoints, Instances, LidarDepth, SparseMap
 
 SHAPE = (3, 4, 5)
 quick = settings(max_examples=60, deadline=None)
@@ -125,6 +125,7 @@ def test_the_measured_error_is_the_error_of_what_is_read_back(value: Any, name: 
         ("points_low", "float16", (9, 4)),
         ("points_high", "root8", (9, 4)),
         ("instances", "masks", ()),
+        ("lidar_depth", "depth", ()),
     ],
 )
 def test_stored_arrays_are_the_declared_ones(signal: str, name: str, shape: tuple[int, ...]) -> None:
@@ -135,6 +136,7 @@ def test_stored_arrays_are_the_declared_ones(signal: str, name: str, shape: tupl
             "points_low": points(3),
             "points_high": points(3),
             "instances": instances((5, 3)),
+            "lidar_depth": LidarDepth(torch.tensor([1]), torch.tensor([[3.0, 4.0]]), torch.tensor([5.0])),
             "box_code": SparseMap(torch.rand(shape), torch.ones(4, 5) > 0) if name == "sparse" else torch.rand(shape),
         }
         if len(shape) != 3

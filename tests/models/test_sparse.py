@@ -1,11 +1,12 @@
-"""The sparse encoder against dense convolutions: spconv is a cross-correlation like torch (methods.md 6.5)."""
+"""The sparse encoder against dense convolutions."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from bevkd.data.collate import Batch
 from bevkd.errors import ConfigError
@@ -15,53 +16,13 @@ from bevkd.models.encoders.voxel import Config, VoxelEncoder, build
 from bevkd.models.sparse import ResidualBlock, down_conv, sparse_tensor, sub_m_conv, to_dense
 from bevkd.models.voxelize import voxelize
 from bevkd.types import Boxes
+from tests.models.dense import Dense
 
 NUSCENES = BEVGrid(x_m=(-54, 54), y_m=(-54, 54), z_m=(-5, 3), cell_m=0.6)
-
-
-# ------------------------------------------------------------------------------------------ the dense oracle
-
-
-class Dense:
-    """A dense map and which of its cells are occupied; every operation of the encoder, done densely."""
-
-    def __init__(self, values: Tensor, active: Tensor) -> None:
-        self.values, self.active = values * active[:, None], active
-
-    @classmethod
-    def scatter(cls, features: Tensor, indices: Tensor, shape: tuple[int, int, int], batch: int) -> Dense:
-        frame, z, y, x = indices.unbind(1)
-        values = torch.zeros(batch, *shape, features.shape[1], dtype=features.dtype)
-        values = values.index_put((frame, z, y, x), features)
-        active = torch.zeros(batch, *shape, dtype=torch.bool)
-        active[frame, z, y, x] = True
-        return cls(values.permute(0, 4, 1, 2, 3), active)
-
-    def sub_m(self, conv: nn.Module) -> Dense:
-        """Return a submanifold convolution: dense, then masked to the cells that were occupied."""
-        return Dense(functional.conv3d(self.values, dense_weight(conv), padding=1), self.active)
-
-    def down(self, conv: nn.Module) -> Dense:
-        """Return a strided convolution: dense; occupied is what any occupied cell reaches."""
-        kernel, stride, padding = (tuple(getattr(conv, name)) for name in ("kernel_size", "stride", "padding"))
-        reach = functional.conv3d(self.active[:, None].float(), torch.ones(1, 1, *kernel), None, stride, padding)
-        values = functional.conv3d(self.values, dense_weight(conv), None, stride, padding)
-        return Dense(values, reach[:, 0] > 0)
-
-    def norm(self, norm: nn.Module) -> Dense:
-        """Return a batch norm over occupied cells only."""
-        channels_last = self.values.permute(0, 2, 3, 4, 1)
-        normed = torch.zeros_like(channels_last).index_put(
-            self.active.nonzero(as_tuple=True), norm(channels_last[self.active])
-        )
-        return Dense(normed.permute(0, 4, 1, 2, 3), self.active)
-
-    def relu(self) -> Dense:
-        return Dense(self.values.relu(), self.active)
-
-    def residual(self, block: ResidualBlock) -> Dense:
-        out = self.sub_m(block.conv1).norm(block.bn1).relu().sub_m(block.conv2).norm(block.bn2)
-        return Dense(out.values + self.values, self.active).relu()
+KITTI = BEVGrid(x_m=(0, 70.4), y_m=(-40, 40), z_m=(-3, 1), cell_m=0.4)
+SECOND = Config(
+    kind="plain", voxel_m=(0.05, 0.05, 0.1), channels=(16, 32, 64, 64), point_features=4, max_points=5, max_voxels=40000
+)
 
 
 def dense_weight(conv: nn.Module) -> Tensor:
@@ -69,26 +30,37 @@ def dense_weight(conv: nn.Module) -> Tensor:
     return conv.get_parameter("weight").permute(0, 4, 1, 2, 3)
 
 
+def dense_down(dense: Dense, layer: nn.Module) -> Dense:
+    conv, norm, _ = layer.children()
+    stride, padding = (tuple(getattr(conv, name)) for name in ("stride", "padding"))
+    return dense.down(dense_weight(conv), stride, padding).norm(norm).relu()
+
+
+def dense_block(dense: Dense, block: nn.Module) -> Dense:
+    if isinstance(block, ResidualBlock):
+        out = dense.sub_m(dense_weight(block.conv1)).norm(block.bn1).relu()
+        return (out.sub_m(dense_weight(block.conv2)).norm(block.bn2) + dense).relu()
+    conv, norm, _ = block.children()
+    return dense.sub_m(dense_weight(conv)).norm(norm).relu()
+
+
 def dense_forward(encoder: VoxelEncoder, batch: Batch) -> Tensor:
     """Return ``bev_low`` by dense convolutions with the encoder's own weights and norms."""
     assert batch.points is not None
     assert batch.point_frame is not None
+    config = encoder.config
+    points = batch.points[:, : config.point_features]
     features, indices = voxelize(
-        batch.points, batch.point_frame, encoder.low_m, encoder.config.voxel_m, encoder.shape, encoder.config.max_points
+        points, batch.point_frame, encoder.low_m, config.voxel_m, encoder.voxels, config.max_points
     )
-    dense = Dense.scatter(features, indices, encoder.shape, len(batch))
-    conv, norm, _ = encoder.conv_input.children()
-    dense = dense.sub_m(conv).norm(norm).relu()
+    dense = dense_block(Dense.scatter(features, indices, encoder.shape, len(batch)), encoder.conv_input)
     for index, stage in enumerate(encoder.stages):
         layers = list(stage.children())
         if index > 0:
-            conv, norm, _ = layers.pop(0).children()
-            dense = dense.down(conv).norm(norm).relu()
+            dense = dense_down(dense, layers.pop(0))
         for block in layers:
-            assert isinstance(block, ResidualBlock)
-            dense = dense.residual(block)
-    conv, norm, _ = encoder.conv_out.children()
-    return dense.down(conv).norm(norm).relu().values.flatten(1, 2)
+            dense = dense_block(dense, block)
+    return dense_down(dense, encoder.conv_out).values.flatten(1, 2)
 
 
 # ------------------------------------------------------------------------------------------ random scenes
@@ -119,10 +91,18 @@ def batch_of(points: Tensor, frame: Tensor) -> Batch:
     return Batch(("a", "b"), nothing, torch.ones(2, dtype=torch.bool), identity, points=points, point_frame=frame)
 
 
-def small_encoder(seed: int) -> VoxelEncoder:
+def small_encoder(seed: int, kind: Literal["residual", "plain"] = "residual", point_features: int = 5) -> VoxelEncoder:
     torch.manual_seed(seed)
     grid = BEVGrid(x_m=(-6.4, 6.4), y_m=(-4.8, 4.8), z_m=(-3, 1), cell_m=1.6)
-    return build(Config(voxel_m=(0.4, 0.4, 0.2), channels=(4, 6, 8), blocks=2, out_channels=8), grid)
+    config = Config(
+        kind=kind,
+        voxel_m=(0.4, 0.4, 0.2),
+        channels=(4, 6, 8),
+        blocks=2,
+        out_channels=8,
+        point_features=point_features,
+    )
+    return build(config, grid)
 
 
 # ------------------------------------------------------------------------------------------ layers
@@ -134,7 +114,7 @@ def test_a_submanifold_convolution_is_a_dense_one_on_the_occupied_voxels(seed: i
     torch.manual_seed(seed)
     conv = sub_m_conv(4, 6, "key")
     sparse = to_dense(conv(sparse_tensor(features, indices, shape, 2)))
-    dense = Dense.scatter(features, indices, shape, 2).sub_m(conv)
+    dense = Dense.scatter(features, indices, shape, 2).sub_m(dense_weight(conv))
     torch.testing.assert_close(sparse, dense.values, atol=1e-5, rtol=1e-5)
 
 
@@ -152,7 +132,7 @@ def test_a_strided_convolution_is_a_dense_one_on_the_voxels_that_it_reaches(
     assert [tuple(getattr(conv, name)) for name in ("kernel_size", "stride", "padding")] == [kernel, stride, padding]
     nn.init.constant_(norm.get_parameter("bias"), 5.0)  # makes every occupied voxel positive, and no other
     sparse = to_dense(layer(sparse_tensor(features, indices, shape, 2)))
-    dense = Dense.scatter(features, indices, shape, 2).down(conv).norm(norm).relu()
+    dense = Dense.scatter(features, indices, shape, 2).down(dense_weight(conv), stride, padding).norm(norm).relu()
     assert 0 < int(dense.active.sum()) < dense.active.numel()
     assert torch.equal((sparse != 0).any(1), dense.active)
     torch.testing.assert_close(sparse, dense.values, atol=1e-5, rtol=1e-5)
@@ -169,9 +149,10 @@ def test_no_convolution_has_a_bias() -> None:
 # ------------------------------------------------------------------------------------------ the whole encoder
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_encoder_and_its_gradients_equal_the_dense_emulation(seed: int) -> None:
-    encoder, batch = small_encoder(seed), scene(seed)
+@pytest.mark.parametrize("kind", ["residual", "plain"])
+@pytest.mark.parametrize("seed", range(25))
+def test_the_encoder_and_its_gradients_equal_the_dense_emulation(seed: int, kind: Literal["residual", "plain"]) -> None:
+    encoder, batch = small_encoder(seed, kind, point_features=3 + seed % 3), scene(seed, points=100 + 20 * seed)
     weight = torch.randn(2, encoder.out_channels, 6, 8, generator=torch.Generator().manual_seed(seed))
     outputs, gradients = [], []
     for forward in (encoder, lambda batch: dense_forward(encoder, batch)):
@@ -182,6 +163,7 @@ def test_the_encoder_and_its_gradients_equal_the_dense_emulation(seed: int) -> N
         gradients.append({name: value.grad for name, value in encoder.named_parameters()})
     assert outputs[0].count_nonzero() > 100
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-5)
+    assert all(gradient is not None for gradient in gradients[0].values())
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
 
 
@@ -250,6 +232,38 @@ def test_the_encoder_has_as_many_weights_as_openpcdet_but_for_biases_before_norm
     biases_before_norms = 2 * 2 * (16 + 32 + 64 + 128)
     count = sum(weight.numel() for weight in build(Config(), NUSCENES).parameters())
     assert count == 2_695_312 - biases_before_norms
+
+
+def test_the_full_kitti_size_gives_the_published_shapes() -> None:
+    encoder = build(SECOND, KITTI)
+    assert encoder.shape == (41, 1600, 1408)
+    assert (encoder.out_channels, KITTI.shape) == (256, (200, 176))
+
+
+def test_second_has_as_many_weights_as_its_layers_say() -> None:
+    convolutions = 27 * (4 * 16 + 16 * 16 + 16 * 32 + 2 * 32 * 32 + 32 * 64 + 5 * 64 * 64) + 3 * 64 * 128
+    norms = 2 * (16 + 16 + 3 * 32 + 6 * 64 + 128)
+    assert sum(weight.numel() for weight in build(SECOND, KITTI).parameters()) == convolutions + norms
+
+
+def test_points_above_the_range_are_left_out() -> None:
+    # The network has one slice more than the range; no point belongs there.
+    encoder = small_encoder(0).eval()
+    nn.init.ones_(encoder.conv_out.get_parameter("1.bias"))
+    above = torch.tensor([[0.1, 0.1, 1.1, 0.5, 0.0]])
+    assert encoder(batch_of(above, torch.tensor([0]))).count_nonzero() == 0
+    assert encoder(batch_of(above - torch.tensor([0, 0, 0.2, 0, 0]), torch.tensor([0]))).count_nonzero() > 0
+
+
+@pytest.mark.parametrize(
+    ("factor", "channels", "out"),
+    [(0.75, (16, 24, 48, 96), 96), (0.5, (8, 16, 32, 64), 64), (0.25, (8, 8, 16, 32), 32)],
+)
+def test_a_narrower_encoder_has_its_channels_in_multiples_of_8(
+    factor: float, channels: tuple[int, ...], out: int
+) -> None:
+    config = Config().scaled(factor)
+    assert (config.channels, config.out_channels, config.point_features) == (channels, out, 5)
 
 
 def test_a_voxel_that_does_not_fit_the_grid_is_refused_with_the_edge_that_would() -> None:

@@ -1,4 +1,4 @@
-"""LiDAR encoder: the pillar network of PointPillars (arXiv 1812.05784), as CenterPoint and SECOND's successors use it."""
+"""LiDAR encoder: the pillar network of PointPillars (arXiv 1812.05784), also that of CenterPoint with pillars."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Config(PluginConfig):
     """
 
     name: Literal["pillar"] = "pillar"
-    pillar_m: float = Field(0.2, gt=0)
+    pillar_m: float = Field(default=0.2, gt=0)
     channels: tuple[int, ...] = Field((64, 64), min_length=1)
-    point_features: int = Field(5, ge=3, le=5)
+    point_features: int = Field(default=5, ge=3, le=7)
     center_offsets: Literal[2, 3] = 3
-    max_points: int = Field(20, ge=1)
-    max_pillars: int | None = Field(None, ge=1)
+    max_points: int = Field(default=20, ge=1)
+    max_pillars: int | None = Field(default=None, ge=1)
 
     def scaled(self, factor: float) -> Config:
         """Return the config with its channels times ``factor``."""
@@ -86,13 +86,17 @@ class PillarEncoder(nn.Module):
         """Return ``bev_low`` of the batch's points, with ``fineness`` times the grid's rows and columns."""
         if batch.points is None or batch.point_frame is None:
             raise ValueError("the pillar encoder needs points in the batch")
+        return self.encode(batch.points, batch.point_frame, len(batch))
+
+    def encode(self, points: Float[Tensor, "P F"], frame: Int[Tensor, "P"], frames: int) -> Float[Tensor, "B C y x"]:
+        """Return the map of any points: x, y, z in metres first, and the frame of each."""
         config = self.config
         # Half precision is too coarse for coordinates.
-        with torch.autocast(batch.points.device.type, enabled=False):
-            points = batch.points[:, : config.point_features]
+        with torch.autocast(points.device.type, enabled=False):
+            points = points[:, : config.point_features]
             groups = group_points(
                 points,
-                batch.point_frame,
+                frame,
                 self.low_m,
                 self.pillar_m,
                 self.pillars,
@@ -100,7 +104,7 @@ class PillarEncoder(nn.Module):
                 config.max_pillars,
             )
             if len(groups.counts) == 0:
-                return points.new_zeros(len(batch), self.out_channels, *self.pillars[1:])
+                return points.new_zeros(frames, self.out_channels, *self.pillars[1:])
             pillar = groups.voxel_of_point
             features = self._inputs(points[groups.points], pillar, groups)
             partial = (groups.counts < config.max_points).nonzero().squeeze(1)
@@ -111,7 +115,7 @@ class PillarEncoder(nn.Module):
                 largest = _maximum(features, pillar, len(groups.counts))
                 if index < len(self.layers) - 1:
                     features = torch.cat([features, largest[pillar]], dim=1)
-            return self._scatter(largest, groups.indices.long(), len(batch))
+            return self._scatter(largest, groups.indices.long(), frames)
 
     def _inputs(self, points: Float[Tensor, "N F"], pillar: Int[Tensor, "N"], groups: VoxelGroups) -> Tensor:
         """Return the values of each point with its offsets from the mean and from the centre of its pillar."""

@@ -43,9 +43,9 @@ class Config(PluginConfig):
     channels: tuple[int, ...] = (16, 32, 64, 128)
     blocks: int = 2
     out_channels: int = 128
-    point_features: int = Field(5, ge=3, le=5)
-    max_points: int = Field(10, ge=1)
-    max_voxels: int | None = Field(None, ge=1)
+    point_features: int = Field(default=5, ge=3, le=5)
+    max_points: int = Field(default=10, ge=1)
+    max_voxels: int | None = Field(default=None, ge=1)
 
     def scaled(self, factor: float) -> Config:
         """Return the config with its channels times ``factor``."""
