@@ -513,6 +513,30 @@ def bench_store_command(
     _out.print(*result_tables(result))
 
 
+@bench_app.command("models")
+def bench_models_command(
+    recipes: Annotated[
+        list[str] | None, typer.Argument(metavar="[RECIPE]...", help="With a detector; by default all that ship.")
+    ] = None,
+    data: Annotated[
+        bool, typer.Option("--data", help="Take frames of each recipe's own data set, not made-up ones.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each timing.")] = 5,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU by default if there is one.")] = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Measure detectors: time, memory, parameters and FLOPs of a forward pass; and lift-splat beside its naive form."""
+    from pipeline.bench.models import ModelSettings, bench_models, result_tables
+
+    settings = ModelSettings(recipes or (), overrides or (), data, rounds, device)
+    result = bench_models(settings, _Bars(as_json))
+    if as_json:
+        _print_json(result)
+        return
+    _out.print(*result_tables(result))
+
+
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Check this machine's installation, and say how to mend it."""

@@ -20,6 +20,7 @@ from bevkd.models.segmenter import SegmenterConfig
 from bevkd.training.config import TrainingConfig
 
 Source = plugin("bevkd.data.sources")
+_FOLDER = Path(str(resources.files("pipeline"))) / "recipes"
 
 
 class EvaluationConfig(StrictModel):
@@ -157,11 +158,14 @@ def find(recipe: str) -> Path:
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         return path
-    folder = Path(str(resources.files("pipeline"))) / "recipes"
-    shipped = sorted(file.stem for file in folder.glob("*.yaml"))
-    if recipe not in shipped:
-        raise ConfigError(f"no recipe '{recipe}'. Give the path of a .yaml file, or one of: {', '.join(shipped)}.")
-    return folder / f"{recipe}.yaml"
+    if recipe not in shipped():
+        raise ConfigError(f"no recipe '{recipe}'. Give the path of a .yaml file, or one of: {', '.join(shipped())}.")
+    return _FOLDER / f"{recipe}.yaml"
+
+
+def shipped() -> list[str]:
+    """Return the names of the recipes that ship with bevkd."""
+    return sorted(file.stem for file in _FOLDER.glob("*.yaml"))
 
 
 def load_train(recipe: str, overrides: Sequence[str]) -> TrainRecipe:

@@ -31,7 +31,7 @@ def spread(mask: Bool[Tensor, "r c"], height: int, width: int) -> Bool[Tensor, "
 
 def tighten(
     mask: Bool[Tensor, "h w"], left: int = 0, top: int = 0
-) -> tuple[Bool[Tensor, "h w"], tuple[int, int, int, int]] | None:
+) -> tuple[Bool[Tensor, "r c"], tuple[int, int, int, int]] | None:
     """Return the part of a mask that its pixels span, and the box (left, top, right, bottom) of that part.
 
     Args:
@@ -61,16 +61,13 @@ def move_instances(
     """
     moved, boxes, masks = [], [], []
     matrices = target_from_source.double().cpu()
-    height, width = size or (None, None)
     for index, mask in enumerate(instances.masks):
         matrix = matrices[instances.cameras[index]]
         corners = instances.boxes[index].double().cpu().view(2, 2)
         x, y = (corners @ matrix[:2, :2].T + matrix[:2, 2]).T.tolist()
-        left, horizontal = _sampling(x[0], x[1], width)
-        top, vertical = _sampling(y[0], y[1], height)
-        if not len(horizontal) or not len(vertical):
+        left, top, grid = pixel_grid((x[0], y[0], x[1], y[1]), size)
+        if not grid.numel():
             continue
-        grid = torch.stack(torch.meshgrid(horizontal, vertical, indexing="xy"), dim=-1)
         found = functional.grid_sample(
             mask[None, None].float(), grid[None].to(mask.device), padding_mode="border", align_corners=False
         )
@@ -82,6 +79,19 @@ def move_instances(
     kept = torch.tensor(moved, dtype=torch.int64, device=instances.boxes.device)
     fitted = instances.boxes.new_tensor(boxes).view(-1, 4)
     return Instances(instances.cameras[kept], fitted, instances.labels[kept], instances.scores[kept], tuple(masks))
+
+
+def pixel_grid(box: Sequence[float], size: tuple[int, int] | None) -> tuple[int, int, Float[Tensor, "rows columns 2"]]:
+    """Return the first pixel (column, row) whose centre lies in a box, and where ``grid_sample`` finds each such pixel.
+
+    Args:
+        box: left, top, right, bottom of what is sampled, in pixels; mirrored if left and right are exchanged.
+        size: height and width of the image that the pixels belong to; None means no limit.
+    """
+    height, width = size or (None, None)
+    left, horizontal = _sampling(box[0], box[2], width)
+    top, vertical = _sampling(box[1], box[3], height)
+    return left, top, torch.stack(torch.meshgrid(horizontal, vertical, indexing="xy"), dim=-1)
 
 
 def _sampling(start: float, stop: float, limit: int | None) -> tuple[int, Float[Tensor, "p"]]:

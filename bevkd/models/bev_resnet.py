@@ -26,7 +26,7 @@ class BEVResNetConfig(StrictModel):
     """
 
     type: Literal["resnet"] = "resnet"
-    stem_channels: int = Field(64, gt=0)
+    stem_channels: int = Field(default=160, gt=0)
     layers: tuple[int, ...] = (2, 2, 2)
     strides: tuple[int, ...] = (1, 2, 2)
     channels: tuple[int, ...] = (160, 320, 640)

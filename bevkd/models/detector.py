@@ -18,7 +18,7 @@ from bevkd.data.source import Sensor
 from bevkd.grid import BEVGrid
 from bevkd.models.bev_encoder import BEVEncoder, BEVEncoderConfig
 from bevkd.models.bev_resnet import BEVResNet, BEVResNetConfig
-from bevkd.models.heads.center import HeadOutput
+from bevkd.models.heads.base import HeadMaps
 
 _SAFE_CHANNELS = 16
 
@@ -100,7 +100,7 @@ class DetectorOutput:
 
     bev_low: Float[Tensor, "B C y x"]
     bev_high: Float[Tensor, "B D Y X"]
-    head: HeadOutput
+    head: HeadMaps
     depth: Float[Tensor, "B N bins H W"] | None = None
 
 

@@ -2,12 +2,14 @@
 
 Centres are those of CenterNet (arXiv 1904.07850), the mask networks those of CondInst (arXiv 2003.05664, section 3):
 the feature at an object's centre is turned into the weights of three 1x1 convolutions that run over a map all objects
-share. Beside that map they see where each cell lies relative to the object's box: a mask's first guess is the box.
+share, and that see positions relative to the object. Unlike CondInst's they run only on a grid over the object's box:
+a hundred objects cost little, and small ones are seen as finely as the map allows.
 
 The head knows nothing of backbones: it maps feature maps of images to instances in pixels of these images, and serves
 the segmenter as well as a student that learns from a segmentation teacher (X-IS of X3KD).
 
-Shape letters: M images, C channels, K classes, H W cells of the feature map, h w cells of the mask map, n instances.
+Shape letters: M images, C channels, K classes, H W cells of the feature map, h w cells of the mask map, n instances, R
+rows and columns of the grid over a box.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch.nn import functional
 
 from bevkd.config import StrictModel
 from bevkd.geometry.gaussian import draw_gaussians, gaussian_radius
-from bevkd.geometry.masks import paste, tighten
+from bevkd.geometry.masks import pixel_grid, shrink, tighten
 from bevkd.models.bev_encoder import conv_bn_relu
 from bevkd.models.heads.center import gaussian_focal_loss
 from bevkd.types import Instances
@@ -33,8 +35,14 @@ _LOG_LIMIT = 6.0
 _BOX_START = 1.0
 """Log distance, in cells, that training starts from."""
 
-_REACH = 2.0
-"""Relative coordinates are cut to this many box sizes: beyond, only "far away" matters."""
+_REACH = 1.3
+"""The grid of a mask is the predicted box, enlarged by this: boxes are less exact than masks."""
+
+_STORED = 64
+"""Rows and columns that the masks of targets are brought to."""
+
+_TRUSTED_IOU = 0.5
+"""From this overlap on, a mask is learned in the predicted box, which it will be seen in; below in the right one."""
 
 
 class InstanceHeadConfig(StrictModel):
@@ -45,6 +53,7 @@ class InstanceHeadConfig(StrictModel):
         layers: number of these 3x3 convolutions.
         mask_channels: of the shared mask map and of the mask networks.
         fineness: cells of the mask map per cell of the feature map, along an axis.
+        resolution: rows and columns of the grid over a box.
         min_overlap: IoU that sets the Gaussian radius of a target.
         box_weight, mask_weight: loss weights beside the heatmap loss.
         heatmap_bias: initial bias of the class logits.
@@ -56,6 +65,7 @@ class InstanceHeadConfig(StrictModel):
     layers: int = Field(default=2, ge=1)
     mask_channels: int = Field(default=8, gt=0)
     fineness: int = Field(default=2, ge=1)
+    resolution: int = Field(default=32, ge=8)
     min_overlap: float = Field(default=0.7, gt=0, lt=1)
     box_weight: float = Field(default=1.0, ge=0)
     mask_weight: float = Field(default=1.0, ge=0)
@@ -90,13 +100,13 @@ class InstanceTargets:
         heatmap: Gaussians; exactly 1 at the cell of an object.
         cells: (image, row, column) of each object.
         boxes: left, top, right, bottom in pixels.
-        masks: share of each cell of the mask map that the object covers.
+        masks: spread over the boxes.
     """
 
     heatmap: Float[Tensor, "M K H W"]
     cells: Int[Tensor, "n 3"]
     boxes: Float[Tensor, "n 4"]
-    masks: Float[Tensor, "n h w"]
+    masks: Float[Tensor, "n 64 64"]
 
 
 class InstanceHead(nn.Module):
@@ -141,8 +151,8 @@ class InstanceHead(nn.Module):
         """Return the targets of ``images`` images.
 
         Args:
-            instances: in pixels of these images, with boxes of whole pixels, as ``move_instances`` returns them; their
-                camera is the number of the image.
+            instances: in pixels of these images, see ``bevkd.geometry.masks.move_instances``; their camera is the
+                number of the image.
             height, width: of the images, pixels.
         """
         rows, columns = height // self.stride, width // self.stride
@@ -157,9 +167,9 @@ class InstanceHead(nn.Module):
             column_row.flip(-1),
             gaussian_radius(size[:, 1], size[:, 0], self.config.min_overlap).long(),
         )
-        fine = self.stride // self.config.fineness
-        whole = paste(instances, rows * self.stride, columns * self.stride).float()
-        masks = functional.avg_pool2d(whole[:, None], fine)[:, 0] if len(whole) else whole[:, ::fine, ::fine]
+        masks = boxes.new_zeros(len(instances), _STORED, _STORED)
+        for stored, mask in zip(masks, instances.masks, strict=True):
+            stored.copy_(shrink(mask, _STORED, _STORED))
         cells = torch.cat([instances.cameras[:, None], column_row.flip(-1)], dim=1)
         return InstanceTargets(heatmap.view(images, self.classes, rows, columns), cells, boxes, masks)
 
@@ -167,12 +177,28 @@ class InstanceHead(nn.Module):
         """Return the ``heatmap``, ``box`` and ``mask`` losses in float32; the last two are means over objects."""
         n = max(len(targets.cells), 1)
         boxes = self.boxes_at(output, targets.cells)
-        masks = self.masks_at(output, targets.cells, boxes.detach())
+        giou, iou = box_overlap(boxes, targets.boxes)
+        grids = enlarged(torch.where(iou[:, None] > _TRUSTED_IOU, boxes.detach(), targets.boxes))
+        masks = self.masks_at(output, targets.cells, grids)
         return {
             "heatmap": gaussian_focal_loss(output.heatmap, targets.heatmap),
-            "box": self.config.box_weight * (1 - box_giou(boxes, targets.boxes)).sum() / n,
-            "mask": self.config.mask_weight * dice_loss(masks, targets.masks).sum() / n,
+            "box": self.config.box_weight * (1 - giou).sum() / n,
+            "mask": self.config.mask_weight * dice_loss(masks, self._masks_in(targets, grids)).sum() / n,
         }
+
+    def _masks_in(self, targets: InstanceTargets, grids: Float[Tensor, "n 4"]) -> Float[Tensor, "n R R"]:
+        """Return the target masks on grids over boxes."""
+        size = targets.boxes[:, 2:] - targets.boxes[:, :2]
+        positions = (self._grid_points(grids) - targets.boxes[:, None, None, :2]) / size[:, None, None] * 2 - 1
+        return functional.grid_sample(targets.masks[:, None], positions, align_corners=False)[:, 0]
+
+    def _grid_points(self, grids: Float[Tensor, "n 4"]) -> Float[Tensor, "n R R 2"]:
+        """Return the position (u, v), in pixels, of each cell of grids over boxes."""
+        steps = (torch.arange(self.config.resolution, device=grids.device) + 0.5) / self.config.resolution
+        corners = grids[:, None, :2] + steps[:, None] * (grids[:, None, 2:] - grids[:, None, :2])
+        u, v = corners.unbind(-1)
+        side = self.config.resolution
+        return torch.stack([u[:, None, :].expand(-1, side, -1), v[:, :, None].expand(-1, -1, side)], dim=-1)
 
     def boxes_at(self, output: InstanceOutput, cells: Int[Tensor, "n 3"]) -> Float[Tensor, "n 4"]:
         """Return the box that stands at each (image, row, column): left, top, right, bottom in pixels."""
@@ -182,24 +208,41 @@ class InstanceHead(nn.Module):
         return torch.stack(edges, dim=1) * self.stride
 
     def masks_at(
-        self, output: InstanceOutput, cells: Int[Tensor, "n 3"], boxes: Float[Tensor, "n 4"]
-    ) -> Float[Tensor, "n h w"]:
+        self, output: InstanceOutput, cells: Int[Tensor, "n 3"], grids: Float[Tensor, "n 4"]
+    ) -> Float[Tensor, "n R R"]:
         """Return the mask logits of the objects at (image, row, column) cells, in float32.
 
         Args:
-            boxes: of the same objects, pixels: the mask networks see positions relative to them.
+            grids: left, top, right, bottom of the grid over each object, pixels.
         """
         image, row, column = cells.unbind(1)
-        h, w = output.mask_map.shape[-2:]
-        with torch.autocast(boxes.device.type, enabled=False):
+        masks, side = self.config.mask_channels, self.config.resolution
+        with torch.autocast(grids.device.type, enabled=False):
             weights = self.controller(output.code[image, :, row, column].float())
-            shared = output.mask_map[image].float().flatten(2)
-            hidden = torch.cat([shared, _relative(boxes, h, w, self.stride / self.config.fineness)], dim=1)
             w1, b1, w2, b2, w3, b3 = weights.split(self._sizes, dim=1)
-            masks = self.config.mask_channels
+            hidden = self._shared_at(output.mask_map.float(), image, grids).flatten(2)
             hidden = torch.baddbmm(b1[:, :, None], w1.view(-1, masks, masks + 2), hidden).relu()
             hidden = torch.baddbmm(b2[:, :, None], w2.view(-1, masks, masks), hidden).relu()
-            return torch.baddbmm(b3[:, :, None], w3.view(-1, 1, masks), hidden).view(-1, h, w)
+            return torch.baddbmm(b3[:, :, None], w3.view(-1, 1, masks), hidden).view(-1, side, side)
+
+    def _shared_at(
+        self, mask_map: Float[Tensor, "M D h w"], image: Int[Tensor, "n"], grids: Float[Tensor, "n 4"]
+    ) -> Float[Tensor, "n D+2 R R"]:
+        """Return the shared map on the grid of each object, and positions relative to the object."""
+        side, cell_px = self.config.resolution, self.stride // self.config.fineness
+        extent = grids.new_tensor([mask_map.shape[3], mask_map.shape[2]]) * cell_px
+        positions = self._grid_points(grids) / extent * 2 - 1
+        relative = torch.linspace(-_REACH, _REACH, side, device=grids.device)
+        across = torch.stack(torch.meshgrid(relative, relative, indexing="xy"))
+        # One call for all images: the grids of an image lie below each other, and there is room for the most.
+        earlier = functional.one_hot(image, len(mask_map)).cumsum(dim=0)
+        slot = earlier.gather(1, image[:, None]).squeeze(1) - 1
+        most = int(slot.max()) + 1 if len(slot) else 1
+        stacked = positions.new_zeros(len(mask_map), most, side, side, 2)
+        stacked[image, slot] = positions
+        found = functional.grid_sample(mask_map, stacked.flatten(1, 2), padding_mode="border", align_corners=False)
+        shared = found.view(*mask_map.shape[:2], most, side, side).transpose(1, 2)[image, slot]
+        return torch.cat([shared, across.expand(len(grids), -1, -1, -1)], dim=1)
 
     @torch.no_grad()
     def decode(self, output: InstanceOutput) -> Instances:
@@ -219,11 +262,15 @@ class InstanceHead(nn.Module):
 
     def _decode_image(self, output: InstanceOutput, image: int) -> Instances:
         cells, labels, scores = self._peaks(output.heatmap[image].float().sigmoid(), image)
-        boxes = self.boxes_at(output, cells)
-        logits = self.masks_at(output, cells, boxes)
+        grids = enlarged(self.boxes_at(output, cells))
+        logits = self.masks_at(output, cells, grids)
+        height, width = (side * self.stride for side in output.heatmap.shape[-2:])
         kept, tight, masks, sure = [], [], [], []
-        for index, (mask, box) in enumerate(zip(logits, boxes.tolist(), strict=True)):
-            soft, left, top = self._pixels(mask, box)
+        for index, (mask, box) in enumerate(zip(logits, grids.tolist(), strict=True)):
+            left, top, grid = pixel_grid(box, (height, width))
+            soft = functional.grid_sample(
+                mask[None, None], grid[None].to(mask), padding_mode="border", align_corners=False
+            )[0, 0].sigmoid()
             found = tighten(soft >= 0.5, left, top)
             if found is not None:
                 kept.append(index)
@@ -233,7 +280,7 @@ class InstanceHead(nn.Module):
         rows = torch.tensor(kept, dtype=torch.int64, device=scores.device)
         final = scores[rows] * torch.stack(sure) if sure else scores[rows]
         order = final.argsort(descending=True, stable=True)
-        found_all = Instances(cells[rows, 0], boxes.new_tensor(tight).view(-1, 4), labels[rows], final, tuple(masks))
+        found_all = Instances(cells[rows, 0], grids.new_tensor(tight).view(-1, 4), labels[rows], final, tuple(masks))
         return found_all[order]
 
     def _peaks(
@@ -250,67 +297,17 @@ class InstanceHead(nn.Module):
         cells = torch.stack([torch.full_like(cells, image), cells // columns, cells % columns], dim=1)
         return cells, index // (scores.shape[1] * columns), best.values[above]
 
-    def _pixels(self, logits: Float[Tensor, "h w"], box: list[float]) -> tuple[Float[Tensor, "r c"], int, int]:
-        """Return a mask's probability at each pixel in and around a box, and which pixel is the first of them.
 
-        What lies far outside the predicted box is left out: parts of other objects that look alike.
-        """
-        fine = self.stride // self.config.fineness
-        left, top, right, bottom = box
-        across, down = _MARGIN * (right - left) + 1, _MARGIN * (bottom - top) + 1
-        x = _span(left - across, right + across, logits.shape[1], fine)
-        y = _span(top - down, bottom + down, logits.shape[0], fine)
-        part = logits[y.cells, x.cells]
-        if not part.numel():
-            return part, 0, 0
-        size = (part.shape[0] * fine, part.shape[1] * fine)
-        whole = functional.interpolate(part[None, None], size, mode="bilinear", align_corners=False)[0, 0].sigmoid()
-        return whole[y.pixels, x.pixels], x.first, y.first
+def enlarged(boxes: Float[Tensor, "n 4"]) -> Float[Tensor, "n 4"]:
+    """Return boxes with what may belong to their objects around them."""
+    centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * _REACH
+    return torch.cat([centre - half, centre + half], dim=1)
 
 
-@dataclass(frozen=True)
-class _Span:
-    """Part of an axis.
-
-    Attributes:
-        cells: cells of the mask map that the part needs.
-        pixels: the part, from the first pixel of these cells on.
-        first: its first pixel.
-    """
-
-    cells: slice
-    pixels: slice
-    first: int
-
-
-def _span(low: float, high: float, cells: int, fine: int) -> _Span:
-    """Return the pixels from ``low`` to ``high`` of an axis of ``cells`` cells of ``fine`` pixels."""
-    first = min(max(round(low), 0), cells * fine)
-    end = min(max(round(high), first), cells * fine)
-    # One more cell on each side, so that pixels at the rim are interpolated as they are in the whole map.
-    start = max(first // fine - 1, 0)
-    stop = min(-(-end // fine) + 1, cells)
-    return _Span(slice(start, stop), slice(first - start * fine, end - start * fine), first)
-
-
-_MARGIN = 0.15
-"""Masks may reach this share of the predicted box's size beyond it: boxes are less exact than masks."""
-
-
-def _relative(boxes: Float[Tensor, "n 4"], h: int, w: int, cell_px: float) -> Float[Tensor, "n 2 P"]:
-    """Return where each cell of the mask map lies relative to each box: -1 and 1 are the box's edges."""
-    size = (boxes[:, 2:] - boxes[:, :2]).clamp(min=cell_px) / 2
-    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
-    u = (torch.arange(w, device=boxes.device) + 0.5) * cell_px
-    v = (torch.arange(h, device=boxes.device) + 0.5) * cell_px
-    x = ((u - centre[:, :1]) / size[:, :1]).clamp(-_REACH, _REACH)
-    y = ((v - centre[:, 1:]) / size[:, 1:]).clamp(-_REACH, _REACH)
-    grid = torch.stack([x[:, None, :].expand(-1, h, -1), y[:, :, None].expand(-1, -1, w)], dim=1)
-    return grid.flatten(2)
-
-
-def box_giou(boxes: Float[Tensor, "n 4"], others: Float[Tensor, "n 4"]) -> Float[Tensor, "n"]:
-    """Return the generalised IoU (arXiv 1902.09630) of pairs of boxes (left, top, right, bottom)."""
+def box_overlap(
+    boxes: Float[Tensor, "n 4"], others: Float[Tensor, "n 4"]
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+    """Return the generalised IoU (arXiv 1902.09630) and the IoU of pairs of boxes (left, top, right, bottom)."""
 
     def area(low: Tensor, high: Tensor) -> Tensor:
         return (high - low).clamp(min=0).prod(dim=1)
@@ -318,10 +315,11 @@ def box_giou(boxes: Float[Tensor, "n 4"], others: Float[Tensor, "n 4"]) -> Float
     inside = area(torch.maximum(boxes[:, :2], others[:, :2]), torch.minimum(boxes[:, 2:], others[:, 2:]))
     hull = area(torch.minimum(boxes[:, :2], others[:, :2]), torch.maximum(boxes[:, 2:], others[:, 2:]))
     union = area(boxes[:, :2], boxes[:, 2:]) + area(others[:, :2], others[:, 2:]) - inside
-    return inside / union.clamp(min=1e-6) - (hull - union) / hull.clamp(min=1e-6)
+    iou = inside / union.clamp(min=1e-6)
+    return iou - (hull - union) / hull.clamp(min=1e-6), iou
 
 
-def dice_loss(logits: Float[Tensor, "n h w"], masks: Float[Tensor, "n h w"]) -> Float[Tensor, "n"]:
+def dice_loss(logits: Float[Tensor, "n R R"], masks: Float[Tensor, "n R R"]) -> Float[Tensor, "n"]:
     """Return the dice loss of each mask (V-Net, arXiv 1606.04797, section 3)."""
     p, target = logits.sigmoid().flatten(1), masks.flatten(1)
     squares = p.square().sum(dim=1) + target.square().sum(dim=1)

@@ -13,7 +13,8 @@ from bevkd.testing.frames import MadeUpFrames
 from bevkd.testing.tools import check_gradients, check_terms, close
 from bevkd.types import Boxes
 
-IN_CHANNELS = 8
+IN_CHANNELS = 64
+"""Enough for a head without hidden layers, as that of anchors, to tell the cells of a random map apart."""
 
 
 class HeadTests:

@@ -7,8 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bevkd.data.join import View
+import torch
+import yaml
+
+from bevkd.config import parse
 from bevkd.data.source import Sensor
+from bevkd.models.segmenter import Segmenter, SegmenterConfig
+from bevkd.models.weights import save_weights
 from bevkd.testing.losses import STUDENT
 
 CLASSES = ("car", "truck", "pedestrian")
@@ -25,14 +30,6 @@ DETECTOR = {
 
 
 @dataclass(frozen=True)
-class EncoderCase:
-    """An encoder's config without its name, and what it reads."""
-
-    config: dict[str, Any]
-    view: View
-
-
-@dataclass(frozen=True)
 class SourceCase:
     """How a source's config is found, and what the data set has.
 
@@ -44,29 +41,70 @@ class SourceCase:
     sensors: frozenset[Sensor] = field(default_factory=lambda: frozenset({"lidar", "camera", "radar"}))
 
 
-def lidar() -> View:
-    """Return what LiDAR encoders read."""
-    return View(frozenset({"lidar"}))
+SIZES = {"car": (4.0, 1.8, 1.6), "truck": (6.0, 2.4, 2.5), "pedestrian": (1.0, 0.8, 1.8)}
 
 
-def cameras(*more: Sensor) -> View:
-    """Return what camera encoders read."""
-    return View(frozenset({"camera", *more}), CAMERA["image_height"], CAMERA["image_width"])
+def anchor(length_m: float, width_m: float, height_m: float) -> dict[str, Any]:
+    """Return the anchors of a class."""
+    return {"size_m": [length_m, width_m, height_m], "bottom_m": -1.8, "matched": 0.35, "unmatched": 0.2}
 
 
-ENCODERS: Mapping[str, EncoderCase] = {
-    "voxel": EncoderCase(VOXEL, lidar()),
-    "lift_splat": EncoderCase(CAMERA, cameras()),
+ENCODERS: Mapping[str, dict[str, Any]] = {
+    "fusion": {"camera": {"name": "lift_splat", **CAMERA}, "lidar": {"name": "voxel", **VOXEL}, "channels": 8},
+    "lift_splat": CAMERA,
+    "pillar": {"pillar_m": 0.8, "channels": [8, 8]},
+    "radar": {"channels": [8, 8]},
+    "voxel": VOXEL,
 }
 
 HEADS: Mapping[str, dict[str, Any]] = {
+    "anchor": {"anchors": {name: anchor(*size) for name, size in SIZES.items()}},
     "center": {"tasks": TASKS, "channels": 8, "min_radius": 1, "nms": {"type": "circle", "squared_distance": [4, 1]}},
 }
 
-TEACHERS: Mapping[str, dict[str, Any]] = {
-    "detector": {"detector": DETECTOR},
-    "synthetic": {"grid": GRID, "bev_low": 8, "bev_high": 8, "tasks": 2, "boxes": 10, "lidar": True},
+
+def segmenter_run(folder: Path) -> dict[str, Any]:
+    """Return the config of a segmenter whose run, untrained, is written to ``folder``."""
+    config = {
+        "backbone": CAMERA["backbone"],
+        "image_height": 32,
+        "image_width": 64,
+        "stride": 4,
+        "neck_channels": 8,
+        "head": {"channels": 8, "layers": 1},
+    }
+    torch.manual_seed(0)
+    segmenter = Segmenter(parse(SegmenterConfig, config, "the segmenter"), CLASSES)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"segmenter": config, "data": {"classes": list(CLASSES)}}))
+    save_weights(folder / "model.safetensors", segmenter)
+    return {"run": str(folder), "grid": GRID}
+
+
+def mask2former_folder(folder: Path) -> dict[str, Any]:
+    """Return the config of a Mask2Former that is written to ``folder``."""
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+
+    backbone = SwinConfig(
+        image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = Mask2FormerConfig(
+        backbone_config=backbone, feature_size=16, mask_feature_size=16, hidden_dim=16, encoder_feedforward_dim=16,
+        dim_feedforward=16, encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=6,
+        id2label=dict(enumerate(("car", "truck", "person"))),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
+    return {"folder": str(folder), "grid": GRID, "image_height": 32, "image_width": 64, "score_threshold": 0.0}
+
+
+TEACHERS: Mapping[str, Callable[[Path], dict[str, Any]]] = {
+    "detector": lambda _: {"detector": DETECTOR},
+    "mask2former": mask2former_folder,
+    "segmenter": segmenter_run,
+    "synthetic": lambda _: {"grid": GRID, "bev_low": 8, "bev_high": 8, "tasks": 2, "boxes": 10, "lidar": True},
 }
+"""By teacher, what its config is, given a folder for the files that it needs."""
 
 LOSSES: Mapping[str, tuple[dict[str, Any], ...]] = {
     "x3kd": ({"score": 0.1},),
@@ -74,6 +112,9 @@ LOSSES: Mapping[str, tuple[dict[str, Any], ...]] = {
 }
 
 SOURCES: Mapping[str, SourceCase] = {
+    "kitti": SourceCase(
+        lambda _, real: real and {"root": str(real / "kitti"), "split": "trainval"}, frozenset({"lidar", "camera"})
+    ),
     "nuscenes": SourceCase(
         lambda world, _: {"root": str(world), "version": "v1.0-world", "split": "world_train", "sweeps": 2}
     ),

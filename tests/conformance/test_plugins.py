@@ -13,6 +13,7 @@ from torch import nn
 
 from bevkd import registry, testing
 from bevkd.config import parse
+from bevkd.data.join import View
 from bevkd.data.source import FrameSource
 from bevkd.distill.base import DistillContext, DistillLoss, DistillLossConfig
 from bevkd.progress import Silent
@@ -49,12 +50,15 @@ def load(package: str, name: str, values: dict[str, Any]) -> tuple[Any, Any]:
 class TestEncoders(testing.EncoderTests):
     @pytest.fixture(autouse=True, params=both("bevkd.models.encoders", cases.ENCODERS))
     def plug_in(self, request: pytest.FixtureRequest) -> None:
-        self.name = request.param
-        self.view = cases.ENCODERS[self.name].view
+        self.module, self.config = load("bevkd.models.encoders", request.param, cases.ENCODERS[request.param])
+        self.view = View(
+            getattr(self.config, "sensors", None) or self.module.SENSORS,
+            getattr(self.config, "image_height", 0),
+            getattr(self.config, "image_width", 0),
+        )
 
     def encoder(self) -> nn.Module:
-        module, config = load("bevkd.models.encoders", self.name, cases.ENCODERS[self.name].config)
-        built: nn.Module = module.build(config, self.grid)
+        built: nn.Module = self.module.build(self.config, self.grid)
         return built
 
 
@@ -70,12 +74,13 @@ class TestHeads(testing.HeadTests):
 
 class TestTeachers(testing.TeacherTests):
     @pytest.fixture(autouse=True, params=both("bevkd.teachers", cases.TEACHERS))
-    def plug_in(self, request: pytest.FixtureRequest) -> None:
-        self.name = request.param
+    def plug_in(self, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+        (folder := tmp_path / "teacher").mkdir()
+        values = cases.TEACHERS[request.param](folder)
+        self.module, self.config = load("bevkd.teachers", request.param, values)
 
     def teacher(self) -> Teacher:
-        module, config = load("bevkd.teachers", self.name, cases.TEACHERS[self.name])
-        built: Teacher = module.build(config, cases.CLASSES, torch.device("cpu"))
+        built: Teacher = self.module.build(self.config, cases.CLASSES, torch.device("cpu"))
         return built
 
 
@@ -110,7 +115,8 @@ class TestFrameSources(testing.FrameSourceTests):
         if config is None:
             pytest.skip("no real sensor data; set BEVKD_REAL_DATA to run this test")
         self.name, self.sensors = request.param, case.sensors
-        self.config = {**config, "index_dir": str(tmp_path_factory.getbasetemp() / "index")}
+        indexed = "index_dir" in registry.load("bevkd.data.sources", self.name).Config.model_fields
+        self.config = config | ({"index_dir": str(tmp_path_factory.getbasetemp() / "index")} if indexed else {})
 
     def source(self) -> FrameSource:
         module, config = load("bevkd.data.sources", self.name, self.config)

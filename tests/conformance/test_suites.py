@@ -16,6 +16,7 @@ from bevkd.cache.spec import CacheSpec
 from bevkd.config import parse
 from bevkd.data.collate import Batch
 from bevkd.data.images import ImageView
+from bevkd.data.join import View
 from bevkd.data.source import FrameSource, Sensor
 from bevkd.distill import x3kd
 from bevkd.distill.base import DistillContext, DistillLoss, DistillLossConfig, TeacherBatch
@@ -34,7 +35,7 @@ from tests.conformance import cases
 
 class Teachers(testing.TeacherTests):
     def teacher(self) -> Teacher:
-        config = detector.Config.model_validate({"name": "detector", **cases.TEACHERS["detector"]})
+        config = detector.Config.model_validate({"name": "detector", "detector": cases.DETECTOR})
         return self.spoilt(detector.build(config, cases.CLASSES, torch.device("cpu")))
 
     def spoilt(self, teacher: Teacher) -> Teacher:
@@ -81,7 +82,7 @@ def test_a_teacher_with_other_weights_each_time_is_noticed() -> None:
 
 
 class Encoders(testing.EncoderTests):
-    view = cases.ENCODERS["lift_splat"].view
+    view = View(frozenset({"camera"}), cases.CAMERA["image_height"], cases.CAMERA["image_width"])
 
     def encoder(self) -> nn.Module:
         config = lift_splat.Config.model_validate({"name": "lift_splat", **cases.CAMERA})

@@ -16,8 +16,8 @@ def test_the_published_sizes_give_256_channels_at_the_input_s_resolution() -> No
     assert model.out_channels == 256
     with torch.no_grad():
         assert model.eval()(torch.zeros(1, 160, 128, 128)).shape == (1, 256, 128, 128)
-    # Stem, two blocks per stage, one projection in each of the three stages.
-    assert sum(isinstance(each, torch.nn.Conv2d) for each in model.modules()) == 1 + 3 * 2 * 2 + 3
+    # Stem, two blocks per stage, a projection where width and resolution change.
+    assert sum(isinstance(each, torch.nn.Conv2d) for each in model.modules()) == 1 + 3 * 2 * 2 + 2
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(16, 16), (15, 17), (9, 10)])
@@ -33,7 +33,7 @@ def test_every_weight_learns() -> None:
 
 def test_widths_are_multiples_of_eight() -> None:
     half = BEVResNetConfig().scaled(0.5)
-    assert (half.stem_channels, half.channels, half.up_channels) == (32, (80, 160, 320), (32, 32, 32, 32))
+    assert (half.stem_channels, half.channels, half.up_channels) == (80, (80, 160, 320), (32, 32, 32, 32))
 
 
 def test_up_channels_need_an_entry_for_the_input() -> None:

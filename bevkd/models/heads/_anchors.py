@@ -1,8 +1,8 @@
 """Anchors: boxes of fixed size and heading at every cell, their code, and which of them are an annotated box.
 
-Shape letters: B batch, K classes, R rotations, A = K R anchors of a cell (class by class), Y rows, X columns, n boxes or
-anchors. Anchor code (7 values): offsets x, y in units of the anchor's diagonal, z in units of its height, log ratios of
-length, width and height, difference of yaw (SECOND, Yan et al., Sensors 2018, section 3.2.1).
+Shape letters: B batch, K classes, R rotations, A = K R anchors of a cell (class by class), Y rows, X columns, n boxes
+or anchors. Anchor code (7 values): offsets x, y in units of the anchor's diagonal, z in units of its height, log ratios
+of length, width and height, difference of yaw (SECOND, Yan et al., Sensors 2018, section 3.2.1).
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Anchors:
 
     def at(self, anchor: Int[Tensor, "*n"], row: Int[Tensor, "*m"], column: Int[Tensor, "*l"]) -> Float[Tensor, "*k 7"]:
         """Return x, y, z, length, width, height and yaw of anchors; the indices broadcast."""
-        x, y, shape = torch.broadcast_tensors(self.x[column][..., None], self.y[row][..., None], self.shape[anchor])
+        parts = self.x[column][..., None], self.y[row][..., None], self.shape[anchor]
+        x, y, shape = torch.broadcast_tensors(*parts)  # type: ignore[no-untyped-call]
         return torch.cat([x[..., :1], y[..., :1], shape], dim=-1)
 
 
@@ -100,7 +101,7 @@ def _upright(length: Tensor, width: Tensor, yaw: Tensor) -> tuple[Tensor, Tensor
 
 
 def _shared(center: Tensor, extent: Tensor, places: Tensor, extents: Tensor) -> Tensor:
-    """Return the length that intervals ``[n]`` share with those of ``[A]`` extents at each place, ``[n, A, places]``."""
+    """Return the length ``[n, A, places]`` that each interval shares with those of each extent at each place."""
     low = torch.maximum((center - extent / 2)[:, None, None], places - extents[:, None] / 2)
     high = torch.minimum((center + extent / 2)[:, None, None], places + extents[:, None] / 2)
     return (high - low).clamp(min=0)

@@ -1,7 +1,7 @@
 """The anchor head of SECOND (Yan et al., Sensors 2018) and PointPillars (Lang et al., arXiv 1812.05784).
 
-Shape letters: B batch, C channels, K classes, R rotations, A = K R anchors of a cell (class by class), Y rows, X columns,
-n positive anchors of the whole batch. An output channel is anchor * values + value.
+Shape letters: B batch, C channels, K classes, R rotations, A = K R anchors of a cell (class by class), Y rows, X
+columns, n positive anchors of the whole batch. An output channel is anchor * values + value.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bevkd.config import PluginConfig, StrictModel
 from bevkd.errors import ConfigError, report
@@ -59,7 +58,7 @@ class AnchorConfig(StrictModel):
     unmatched: float = Field(ge=0, le=1)
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> AnchorConfig:
         if min(self.size_m) <= 0:
             raise ValueError(f"size_m must be positive, it is {list(self.size_m)}")
         if self.unmatched > self.matched:
@@ -93,7 +92,7 @@ class Config(PluginConfig):
     max_boxes: int = Field(default=500, gt=0)
     nms_iou: float = Field(default=0.01, ge=0, le=1)
 
-    def scaled(self, factor: float) -> Self:
+    def scaled(self, factor: float) -> Config:
         """Return the config itself: the head has no hidden channels that could be scaled."""
         del factor
         return self
@@ -131,9 +130,9 @@ class AnchorOutput:
         best = self._own_logits.argmax(dim=2, keepdim=True)
 
         def chosen(maps: Tensor) -> Tensor:
-            split = maps.unflatten(1, (classes, rotations))
+            split = maps.reshape(batch, classes, rotations, -1, rows, columns)
             index = best[:, :, :, None].expand(-1, -1, -1, maps.shape[2], -1, -1)
-            return split.gather(2, index).squeeze(2).movedim(2, -1)
+            return split.gather(2, index)[:, :, 0].movedim(2, -1)
 
         device = best.device
         own = torch.arange(classes, device=device)[:, None, None] * rotations + best.squeeze(2)
@@ -141,7 +140,7 @@ class AnchorOutput:
         anchors = self.anchors.at(own, row[:, None], column)
         boxes = decode_anchors(chosen(self.codes).float(), anchors)
         yaw = turned_to(boxes[..., 6], chosen(self.directions).argmax(-1), self.direction_offset_rad)
-        corner = torch.stack(torch.broadcast_tensors(column, row[:, None]), dim=-1)
+        corner = torch.stack(torch.meshgrid(column, row, indexing="xy"), dim=-1)
         parts = [
             self.grid.to_cells(boxes[..., 0:2]) - corner,
             boxes[..., 2:3],
@@ -154,8 +153,8 @@ class AnchorOutput:
 
     @cached_property
     def _own_logits(self) -> Float[Tensor, "B K R Y X"]:
-        classes = self.logits.shape[2]
-        split = self.logits.unflatten(1, (classes, -1))
+        batch, count, classes, rows, columns = self.logits.shape
+        split = self.logits.reshape(batch, classes, count // classes, classes, rows, columns)
         return split.diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
@@ -216,9 +215,9 @@ class AnchorHead(nn.Module):
             bev_high: BEV encoder output on the head's grid.
         """
         count = len(self.anchor_shape)
-        cls, box, direction = (
-            layer(bev_high).unflatten(1, (count, -1)) for layer in (self.cls, self.box, self.direction)
-        )
+        batch, _, rows, columns = bev_high.shape
+        layers = (self.cls, self.box, self.direction)
+        cls, box, direction = (layer(bev_high).reshape(batch, count, -1, rows, columns) for layer in layers)
         return AnchorOutput(cls, box, direction, self.anchors, self.grid, self.config.direction_offset_rad)
 
     def targets(self, boxes: Sequence[Boxes]) -> AnchorTargets:
@@ -273,7 +272,7 @@ class AnchorHead(nn.Module):
         predicted = output.codes[frame, anchor, :, row, column].float()
         box = (code_loss(predicted, targets.codes) * weight).sum()
         turns = output.directions[frame, anchor, :, row, column].float()
-        direction = (F.cross_entropy(turns, targets.directions, reduction="none") * weight).sum()
+        direction = (nn.functional.cross_entropy(turns, targets.directions, reduction="none") * weight).sum()
         config = self.config
         return {
             "class": cls * config.class_weight,
@@ -310,13 +309,13 @@ def sigmoid_focal_loss(logits: Float[Tensor, "*n"], truth: Float[Tensor, "*n"]) 
     p = logits.sigmoid()
     wrong = truth * (1 - p) + (1 - truth) * p
     balance = truth * _ALPHA + (1 - truth) * (1 - _ALPHA)
-    return balance * wrong**_GAMMA * F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    return balance * wrong**_GAMMA * nn.functional.binary_cross_entropy_with_logits(logits, truth, reduction="none")
 
 
 def code_loss(predicted: Float[Tensor, "n 7"], codes: Float[Tensor, "n 7"]) -> Float[Tensor, "n"]:
-    """Return the smooth L1 loss of each anchor, with the sine of the yaw's error: blind to half turns (SECOND, 3.2.2)."""
+    """Return each anchor's smooth L1 loss; that of the yaw is of a sine, blind to half turns (SECOND, 3.2.2)."""
     error = torch.cat([predicted[:, :6] - codes[:, :6], (predicted[:, 6:] - codes[:, 6:]).sin()], dim=1)
-    return F.smooth_l1_loss(error, torch.zeros_like(error), beta=_BETA, reduction="none").sum(dim=1)
+    return nn.functional.smooth_l1_loss(error, torch.zeros_like(error), beta=_BETA, reduction="none").sum(dim=1)
 
 
 def _shape(config: Config, classes: tuple[str, ...]) -> Float[Tensor, "A 5"]:

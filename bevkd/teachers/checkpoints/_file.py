@@ -73,4 +73,5 @@ def read_public(path: Path) -> PublicFile:
 def _reason(error: BaseException) -> str:
     """Return the first line of torch's message that says what it stumbled over."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "Unsupported" in line or "GLOBAL" in line), lines[0] if lines else "empty")
+    first = next((line for line in lines if "unsupported" in line.lower()), lines[0] if lines else "empty")
+    return first.removeprefix("WeightsUnpickler error: ").split(" was not ")[0]
