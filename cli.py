@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from bevkd import console
+from bevkd.console import Bars, print_json, say, size_text
 from bevkd.errors import BevkdError
 
 app = typer.Typer(
@@ -37,95 +33,6 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="C
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else.")]
 Recipe = Annotated[str, typer.Argument(help="Path of a recipe, or the name of one that ships with bevkd.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")]
-
-_out = Console()
-_err = Console(stderr=True)
-
-
-class _Bars:
-    """Progress on stderr: a live bar on a terminal, a line now and then elsewhere, nothing with ``--json``."""
-
-    def __init__(self, quiet: bool) -> None:
-        self._quiet = quiet
-
-    @contextlib.contextmanager
-    def task(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[_Bar]:
-        """Show a task; see ``bevkd.progress.Progress``."""
-        bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[figures]}[/dim]"),
-            console=_err,
-            transient=True,
-            disable=self._quiet or not _err.is_terminal,
-        )
-        with bars:
-            bar = _Bar(bars, bars.add_task(name, total=total, completed=done, speed="", figures=""), unit, self._quiet)
-            yield bar
-        if not self._quiet:
-            _err.print(bar.summary(), highlight=False)
-
-    def note(self, message: str) -> None:
-        """Show one line that stays."""
-        if not self._quiet:
-            _err.print(f"[dim]{escape(message)}[/dim]", highlight=False, soft_wrap=True)
-
-
-class _Bar:
-    """One task: count, throughput, time left and the figures that the work reports."""
-
-    _PAUSE_S = 20.0
-
-    def __init__(self, bars: Progress, identity: TaskID, unit: str, quiet: bool) -> None:
-        self._bars, self._id, self._unit = bars, identity, unit
-        self._lines = bars.disable and not quiet
-        self._task = bars.tasks[0]
-        self._first = self._task.completed
-        self._started = self._shown = time.monotonic()
-
-    def advance(self, steps: int = 1, **figures: float) -> None:
-        """Count steps and show figures; see ``bevkd.progress.Task``."""
-        text = "  ".join(
-            f"{name.replace('_', ' ')} {value:.0%}"
-            if name.endswith("_wait")
-            else f"{name.replace('_', ' ')} {value:.3g}"
-            for name, value in figures.items()
-        )
-        self._bars.update(self._id, advance=steps, speed=self._speed(), figures=text)
-        if self._lines and time.monotonic() - self._shown >= self._PAUSE_S:
-            self._shown = time.monotonic()
-            left = (self._task.total or 0) - self._task.completed
-            rate = self._rate()
-            eta = f"{left / rate:.0f} s left" if rate else ""
-            _err.print(f"{self.summary()}  {eta}  {text}", highlight=False, soft_wrap=True)
-
-    def summary(self) -> str:
-        """Return count and throughput in one line."""
-        speed = f", {self._speed()}" if self._rate() else ""
-        return f"{self._task.description}: {self._task.completed:.0f} of {self._task.total:.0f} {self._unit}s{speed}"
-
-    def _rate(self) -> float:
-        done = self._task.completed - self._first
-        return done / max(time.monotonic() - self._started, 1e-9)
-
-    def _speed(self) -> str:
-        return f"{self._rate():.1f} {self._unit}/s"
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=1) + "\n")
-
-
-def _size(count: float) -> str:
-    """Return a number of bytes for people."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def _caches(values: list[str] | None) -> dict[str, str]:
@@ -151,11 +58,11 @@ def world(
     """Write a small driving world in nuScenes format."""
     from pipeline.world import make_world
 
-    summary = make_world(out, preset, scenes, seed, _Bars(as_json))
+    summary = make_world(out, preset, scenes, seed, Bars(as_json))
     if as_json:
-        _print_json(asdict(summary))
+        print_json(asdict(summary))
     else:
-        _out.print(f"{summary.frames} key frames in {summary.scenes} scenes at {summary.root}", highlight=False)
+        say(f"{summary.frames} key frames in {summary.scenes} scenes at {summary.root}")
 
 
 @app.command()
@@ -185,16 +92,16 @@ def cache_teacher(
     if workers is not None or scheduler is not None:
         from pipeline.schedule import cache_on_workers
 
-        summary = cache_on_workers(loaded, out, limit, _Bars(as_json), workers or 1, scheduler, space_check)
+        summary = cache_on_workers(loaded, out, limit, Bars(as_json), workers or 1, scheduler, space_check)
     else:
         from pipeline.cache_teacher import Share
         from pipeline.cache_teacher import cache_teacher as story
 
-        summary = story(loaded, out, limit, _Bars(as_json), Share.parse(shard) if shard else Share(), space_check)
+        summary = story(loaded, out, limit, Bars(as_json), Share.parse(shard) if shard else Share(), space_check)
     if as_json:
-        _print_json(summary.to_json())
+        print_json(summary.to_json())
         return
-    _out.print(summary.text, highlight=False, soft_wrap=True)
+    say(summary.text)
 
 
 @app.command()
@@ -209,7 +116,7 @@ def train_teacher(
     from pipeline.recipe import load_teacher
     from pipeline.train_teacher import train_teacher as story
 
-    summary = story(load_teacher(recipe, overrides or []), out, resume, _Bars(as_json))
+    summary = story(load_teacher(recipe, overrides or []), out, resume, Bars(as_json))
     _show_run(summary, as_json)
 
 
@@ -228,22 +135,20 @@ def train_student(
     from pipeline.train_student import with_caches
 
     caches = _caches(cache)
-    summary = story(with_caches(load_student(recipe, overrides or []), caches), out, resume, _Bars(as_json))
+    summary = story(with_caches(load_student(recipe, overrides or []), caches), out, resume, Bars(as_json))
     _show_run(summary, as_json)
 
 
 def _show_run(summary: Any, as_json: bool) -> None:
     if as_json:
-        _print_json(summary.to_json())
+        print_json(summary.to_json())
         return
     if summary.report is not None:
-        _out.print(summary.report.table())
+        console.out.print(summary.report.table())
     cost = summary.cost
-    _out.print(
+    say(
         f"{summary.run}: {cost.step_seconds:.3f} s per step, {cost.data_wait_fraction:.0%} of it waiting for data, "
-        f"peak memory {cost.peak_memory_bytes / 1e9:.2f} GB",
-        highlight=False,
-        soft_wrap=True,
+        f"peak memory {cost.peak_memory_bytes / 1e9:.2f} GB"
     )
 
 
@@ -261,16 +166,16 @@ def evaluate(
     from pipeline import evaluate as story
 
     if run is not None:
-        report = story.evaluate_run(run, overrides or [], _Bars(as_json))
+        report = story.evaluate_run(run, overrides or [], Bars(as_json))
     elif cache is not None:
         report = story.evaluate_cache(cache, overrides or [])
     else:
         assert detections is not None
         report = story.evaluate_detections(detections, overrides or [])
     if as_json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
     else:
-        _out.print(report.table())
+        console.out.print(report.table())
 
 
 @cache_app.command("info")
@@ -280,17 +185,9 @@ def cache_info(uri: Annotated[str, typer.Argument(metavar="URI")], as_json: Json
 
     summary = info(uri)
     if as_json:
-        _print_json(summary)
+        print_json(summary)
         return
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")  # a name is worth nothing cut short
-    for name, value in summary.items():
-        lines = [f"{key}: {text}" for key, text in value.items()] if isinstance(value, dict) else [str(value)]
-        table.add_row(f"[bold]{name}[/bold]", escape("\n".join(lines)))
-    _out.print(table)
+    console.out.print(console.facts_table(summary))
 
 
 @cache_app.command("ls")
@@ -303,30 +200,12 @@ def cache_ls(
 
     entries = listing(uri)
     if as_json:
-        _print_json([asdict(entry) for entry in entries])
+        print_json([asdict(entry) for entry in entries])
         return
-    from rich.table import Table
-
     if not entries:
-        _out.print(f"no caches directly in {uri}", highlight=False, soft_wrap=True)
+        say(f"no caches directly in {uri}")
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("cache", "state", "frames", "size", "spec", "teacher", "data set", "name"):
-        table.add_column(column, justify="right" if column in ("frames", "size") else "left", overflow="fold")
-    for entry in entries:
-        where = entry.uri if len(entries) == 1 else entry.uri.rpartition("/")[2]
-        state = entry.state if entry.state == "sealed" else f"[yellow]{escape(entry.state)}[/yellow]"
-        figures = (str(entry.frames), _size(entry.bytes)) if entry.frames else ("", "")
-        table.add_row(
-            escape(where),
-            state,
-            *figures,
-            escape(entry.spec),
-            escape(entry.teacher),
-            escape(entry.dataset),
-            entry.name[:8],
-        )
-    _out.print(table)
+    console.out.print(console.cache_table(entries))
 
 
 @cache_app.command("plan")
@@ -343,18 +222,11 @@ def cache_plan(
     from pipeline.plan import plan_cache
     from pipeline.recipe import load_cache
 
-    plan = plan_cache(load_cache(recipe, overrides or []), out, limit, devices, frames, _Bars(as_json))
+    plan = plan_cache(load_cache(recipe, overrides or []), out, limit, devices, frames, Bars(as_json))
     if as_json:
-        _print_json(plan.to_json())
+        print_json(plan.to_json())
         return
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in plan.rows(_size):
-        table.add_row(f"[bold]{name}[/bold]", escape(value))
-    _out.print(table)
+    console.out.print(console.facts_table(dict(plan.rows(size_text))))
 
 
 @cache_app.command("copy")
@@ -369,15 +241,15 @@ def cache_copy(
     from bevkd.cache.verify import verify
     from bevkd.errors import CacheError, report
 
-    bars = _Bars(as_json)
+    bars = Bars(as_json)
     manifest = copy(source, target, bars)
     faults = verify(target, progress=bars) if check else []
     if faults:
         raise report(CacheError, f"{target} is not a whole copy:", faults)
     if as_json:
-        _print_json({"uri": target, "name": manifest.name, "frames": len(manifest.tokens), "checked": check})
+        print_json({"uri": target, "name": manifest.name, "frames": len(manifest.tokens), "checked": check})
         return
-    _out.print(f"{target} holds {manifest.name}", highlight=False, soft_wrap=True)
+    say(f"{target} holds {manifest.name}")
 
 
 @cache_app.command("diff")
@@ -393,10 +265,10 @@ def cache_diff(
 
     found = differences(open_manifest(open_store(first)), open_manifest(open_store(second)))
     if as_json:
-        _print_json({"first": first, "second": second, "differences": found})
+        print_json({"first": first, "second": second, "differences": found})
     else:
         for line in found or ["the same cache"]:
-            _out.print(escape(line), highlight=False, soft_wrap=True)
+            say(line)
     if found:
         raise typer.Exit(1)
 
@@ -411,11 +283,11 @@ def cache_rm(
 
     files, size = contents(uri)
     if not yes:
-        typer.confirm(f"Remove {files} files, {_size(size)}, of the cache {uri}?", abort=True)
+        typer.confirm(f"Remove {files} files, {size_text(size)}, of the cache {uri}?", abort=True)
     left = remove(uri)
-    _out.print(f"removed {uri}", highlight=False, soft_wrap=True)
+    say(f"removed {uri}")
     for key in left:
-        _out.print(f"left alone: {escape(key)}", highlight=False, soft_wrap=True)
+        say(f"left alone: {key}")
 
 
 @cache_app.command("verify")
@@ -428,15 +300,15 @@ def cache_verify(
     from bevkd.cache.verify import verify
     from bevkd.errors import CacheError, report
 
-    faults = verify(uri, deep, _Bars(as_json))
+    faults = verify(uri, deep, Bars(as_json))
     if as_json:
-        _print_json({"uri": uri, "deep": deep, "faults": faults})
+        print_json({"uri": uri, "deep": deep, "faults": faults})
         if faults:
             raise typer.Exit(1)
         return
     if faults:
         raise report(CacheError, f"{uri} is not a whole cache:", faults)
-    _out.print(f"{uri} is whole", highlight=False, soft_wrap=True)
+    say(f"{uri} is whole")
 
 
 @cache_app.command("fidelity")
@@ -462,11 +334,11 @@ def cache_fidelity(
     from pipeline.recipe import load_cache, load_student
 
     cache, learner = load_cache(recipe, overrides or []), load_student(student, student_overrides or [])
-    report = fidelity(cache, learner, frames, outputs, _Bars(as_json))
+    report = fidelity(cache, learner, frames, outputs, Bars(as_json))
     if as_json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
         return
-    _out.print(fidelity_table(report), signal_table(report))
+    console.out.print(fidelity_table(report), signal_table(report))
 
 
 @cache_app.command("show")
@@ -481,7 +353,7 @@ def cache_show(
     from pipeline.caches import show
 
     show(uri, token, score, out, overrides or [])
-    _out.print(str(out), highlight=False, soft_wrap=True)
+    say(str(out))
 
 
 @bench_app.command("store")
@@ -504,13 +376,13 @@ def bench_store_command(
 
     sections = tuple(only or SECTIONS)
     settings = BenchSettings(out, cache, student, overrides or [], frames, rounds, sections)
-    result = bench_store(settings, _Bars(as_json))
+    result = bench_store(settings, Bars(as_json))
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     from pipeline.bench.store import result_tables
 
-    _out.print(*result_tables(result))
+    console.out.print(*result_tables(result))
 
 
 @bench_app.command("models")
@@ -530,11 +402,11 @@ def bench_models_command(
     from pipeline.bench.models import ModelSettings, bench_models, result_tables
 
     settings = ModelSettings(recipes or (), overrides or (), data, rounds, device)
-    result = bench_models(settings, _Bars(as_json))
+    result = bench_models(settings, Bars(as_json))
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
-    _out.print(*result_tables(result))
+    console.out.print(*result_tables(result))
 
 
 @app.command()
@@ -544,11 +416,12 @@ def doctor(as_json: Json = False) -> None:
 
     findings = examine()
     if as_json:
-        _print_json([asdict(finding) for finding in findings])
+        print_json([asdict(finding) for finding in findings])
     else:
         for finding in findings:
             mark = "[green]ok[/green]  " if finding.ok else "[red]fix[/red] "
-            _out.print(f"{mark} [bold]{finding.name}[/bold]  {escape(finding.text)}", highlight=False, soft_wrap=True)
+            line = f"{mark} [bold]{finding.name}[/bold]  {escape(finding.text)}"
+            console.out.print(line, highlight=False, soft_wrap=True)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
 
@@ -562,15 +435,15 @@ def demo(
     """Watch a camera student learn from a cached LiDAR teacher, on a generated world."""
     from pipeline.demo import run_demo
 
-    result = run_demo(out, seed, _Bars(as_json))
+    result = run_demo(out, seed, Bars(as_json))
     if as_json:
-        _print_json(result.to_json())
+        print_json(result.to_json())
         return
     from pipeline.demo import result_table
 
-    _out.print(result_table(result))
+    console.out.print(result_table(result))
     for line in result.notes:
-        _out.print(escape(line), highlight=False, soft_wrap=True)
+        say(line)
 
 
 def _message(error: Exception) -> str:
@@ -593,23 +466,23 @@ def main() -> NoReturn:
     except BevkdError as error:
         if debug:
             raise
-        _err.print(f"[bold red]{type(error).__name__}[/bold red]", highlight=False)
-        _err.print(escape(_message(error)), highlight=False, soft_wrap=True)
+        console.err.print(f"[bold red]{type(error).__name__}[/bold red]", highlight=False)
+        console.err.print(escape(_message(error)), highlight=False, soft_wrap=True)
     except SystemExit as end:
         if end.code == _INTERRUPTED:
-            _err.print("stopped; to go on, run the same command again (training with --resume)", highlight=False)
+            console.err.print("stopped; to go on, run the same command again (training with --resume)", highlight=False)
         raise
     except OSError as error:
         if debug:
             raise
-        _err.print(f"[bold red]{type(error).__name__}[/bold red]", highlight=False)
+        console.err.print(f"[bold red]{type(error).__name__}[/bold red]", highlight=False)
         advice = "Check that path, its rights and the free space, then run the same command again; --debug says more."
-        _err.print(escape(f"{_message(error)}\n{advice}"), highlight=False, soft_wrap=True)
+        console.err.print(escape(f"{_message(error)}\n{advice}"), highlight=False, soft_wrap=True)
     except Exception as error:
         if debug:
             raise
-        _err.print(f"[bold red]a defect of bevkd:[/bold red] {escape(f'{type(error).__name__}: {error}')}")
-        _err.print("Run again with --debug for the traceback, and report it.", highlight=False)
+        console.err.print(f"[bold red]a defect of bevkd:[/bold red] {escape(f'{type(error).__name__}: {error}')}")
+        console.err.print("Run again with --debug for the traceback, and report it.", highlight=False)
     raise SystemExit(1)
 
 

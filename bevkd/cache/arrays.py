@@ -99,7 +99,7 @@ def sample_shapes_of(
         written: shape per map that the teacher writes ([C,Y,X]; ``box_code`` [T,10,Y,X]); a teacher that writes
             instances lists them with the shape ().
         teacher: its name, for messages.
-        reasons: why it does not write a map, by the map's name.
+        reasons: why it does not write a map, or boxes, by the name of the signal.
 
     Raises:
         CacheSpecError: the teacher does not write a map that ``spec`` stores or takes points from.
@@ -107,7 +107,7 @@ def sample_shapes_of(
     shapes: dict[str, tuple[int, ...]] = {}
     faults = []
     for signal, stored in spec.signals.items():
-        needed = {POINTS.get(signal, signal)} - {"boxes", *FROM_DATA}
+        needed = {POINTS.get(signal, signal)} - ({"boxes", *FROM_DATA} - set(reasons or ()))
         needed |= {"heatmap"} if stored.encoding == "sparse" else set()
         if absent := sorted(needed - set(written)):
             why = "".join(f" ({reasons[name]})" for name in absent if reasons and name in reasons)

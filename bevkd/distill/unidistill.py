@@ -73,7 +73,9 @@ class Config(DistillLossConfig):
         own, shapes = context.channels("bev_low"), context.teacher_shapes
         if self.feature > 0 and not self.adapter and own != (theirs := context.teacher_channels("bev_low")):
             faults.append(f"bev_low has {theirs} channels in the cache and {own} in the student: set adapter: true")
-        tasks = len(context.student.head.tasks)
+        if self.feature > 0 and getattr(context.student.encoder, "fineness", 1) > 1:
+            faults.append("bev_low of the student's pillars is finer than the grid: set feature: 0")
+        tasks = len(context.student.head.labels_of_task)
         if self.response > 0 and tasks != shapes["box_code"][0]:
             faults.append(
                 f"box_code has {shapes['box_code'][0]} tasks in the cache and {tasks} in the student: give the student "

@@ -35,6 +35,12 @@ class Config(DistillLossConfig):
         """Return the signals that the terms with a weight read."""
         return ("boxes",) if self.output > 0 else ()
 
+    def misfits(self, context: DistillContext) -> list[str]:
+        """Return why this student cannot learn from teacher boxes by heatmaps."""
+        if self.output == 0 or isinstance(context.student.head, CenterHead):
+            return []
+        return ["X-OD turns teacher boxes into heatmaps: give the student the head 'center', or set output: 0"]
+
 
 class OutputDistillation(nn.Module):
     """X-OD: the teacher's confident boxes as targets, on every frame, labelled or not.

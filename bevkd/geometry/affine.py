@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -31,14 +32,14 @@ class BEVAffineConfig(StrictModel):
     - BEVDepth (arXiv 2206.10092): ``flip: true, rotation_deg: [-22.5, 22.5], scale: [0.95, 1.05]``
 
     Attributes:
-        flip: mirror x and y, each with probability 0.5.
+        flip: mirror x and y, each with probability 0.5; "x" or "y" mirrors that one only, as grids that lie ahead want.
         quarter_turns: turn by 0, 90, 180 or 270 degrees.
         rotation_deg: range of a uniform angle, counter-clockwise.
         scale: range of a uniform factor.
         translation_std_m: standard deviation of a normal shift of x, y and z.
     """
 
-    flip: bool = False
+    flip: bool | Literal["x", "y"] = False
     quarter_turns: bool = False
     rotation_deg: tuple[float, float] = (0.0, 0.0)
     scale: tuple[float, float] = (1.0, 1.0)
@@ -87,8 +88,8 @@ class BEVAffine:
         low, high = config.rotation_deg
         quarters = int(uniform[2] * 4) if config.quarter_turns else 0
         return cls(
-            flip_x=config.flip and uniform[0] < 0.5,
-            flip_y=config.flip and uniform[1] < 0.5,
+            flip_x=config.flip in (True, "x") and uniform[0] < 0.5,
+            flip_y=config.flip in (True, "y") and uniform[1] < 0.5,
             rotation_rad=quarters * (math.pi / 2) + math.radians(low + (high - low) * uniform[3]),
             scale=config.scale[0] + (config.scale[1] - config.scale[0]) * uniform[4],
             translation_m=(

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from bevkd.geometry.boxes import CORNER_SIGNS, rotate
 
-
 _PAIRS = 1 << 18
 """Pairs of boxes whose overlap is computed at once, about 0.1 GB: an untrained head may offer millions."""
 
@@ -103,8 +102,8 @@ def rotated_nms(
     order = scores.argsort(descending=True, stable=True)[:pre]
     ranked = boxes[order]
     better, worse = _near(ranked, ranked).triu(diagonal=1).nonzero(as_tuple=True)
-    parts = zip(better.split(_PAIRS), worse.split(_PAIRS), strict=True)
-    clash = torch.cat([bev_iou(ranked[i], ranked[j]) > iou_threshold for i, j in parts])
+    parts = [slice(start, start + _PAIRS) for start in range(0, max(len(better), 1), _PAIRS)]
+    clash = torch.cat([bev_iou(ranked[better[part]], ranked[worse[part]]) > iou_threshold for part in parts])
     return order[_survivors(len(order), better[clash], worse[clash])][:post]
 
 

@@ -7,17 +7,18 @@ from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, field_validator
 from torch import Tensor, nn
 
 from bevkd import registry
-from bevkd.config import StrictModel, plugin
+from bevkd.config import PluginConfig, StrictModel, plugin
 from bevkd.data.collate import Batch
 from bevkd.data.join import View
 from bevkd.data.source import Sensor
 from bevkd.grid import BEVGrid
 from bevkd.models.bev_encoder import BEVEncoder, BEVEncoderConfig
 from bevkd.models.bev_resnet import BEVResNet, BEVResNetConfig
+from bevkd.models.encoders.base import EncoderConfig
 from bevkd.models.heads.base import HeadMaps
 
 _SAFE_CHANNELS = 16
@@ -58,17 +59,25 @@ class DetectorConfig(StrictModel):
     head: plugin("bevkd.models.heads")  # type: ignore[valid-type]
     widths: Widths = Widths()
 
+    @field_validator("encoder")
+    @classmethod
+    def _check_encoder(cls, encoder: PluginConfig) -> PluginConfig:
+        if not isinstance(encoder, EncoderConfig):
+            raise ValueError(
+                f"the Config of encoder '{encoder.name}' must derive from bevkd.models.encoders.base.EncoderConfig"
+            )
+        return encoder
+
     @property
     def sensors(self) -> frozenset[Sensor]:
         """Sensors that the encoder reads."""
-        module = registry.load("bevkd.models.encoders", self.encoder.name)
-        sensors: frozenset[Sensor] = getattr(self.encoder, "sensors", None) or module.SENSORS
+        sensors: frozenset[Sensor] = self.encoder.sensors
         return sensors
 
     @property
     def training_sensors(self) -> frozenset[Sensor]:
         """Sensors that training reads: those of the encoder, and what supervises it."""
-        supervision: frozenset[Sensor] = getattr(self.encoder, "supervision", frozenset())
+        supervision: frozenset[Sensor] = self.encoder.supervision
         return self.sensors | supervision
 
     def scaled(self) -> DetectorConfig:

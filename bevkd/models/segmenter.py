@@ -23,7 +23,7 @@ class SegmenterConfig(StrictModel):
 
     backbone: BackboneConfig = BackboneConfig()
     image_height: int = Field(default=512, gt=0, multiple_of=32)
-    image_width: int = Field(default=896, gt=0, multiple_of=32)
+    image_width: int = Field(default=928, gt=0, multiple_of=32)
     stride: int = Field(default=4, gt=0)
     neck_channels: int = Field(default=64, gt=0)
     head: InstanceHeadConfig = InstanceHeadConfig()

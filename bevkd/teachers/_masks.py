@@ -25,6 +25,7 @@ class MaskTeacher:
     """
 
     shapes: Mapping[str, tuple[int, ...]] = {"instances": ()}
+    absent: Mapping[str, str] = {"boxes": "it sees images, not space"}
 
     def __init__(
         self,

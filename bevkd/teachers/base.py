@@ -18,10 +18,11 @@ class Teacher(Protocol):
     Attributes:
         identity: what the manifest of its caches says about it.
         view: the sensors and image size that it reads.
-        shapes: per-sample shape of each map that it writes; it always writes ``boxes`` as well. One that writes
-            ``instances`` lists them with the shape ().
+        shapes: per-sample shape of each map that it writes; one that writes ``instances`` lists them with
+            the shape (). Every other teacher writes ``boxes`` as well.
 
-    It may also have ``absent``, a mapping that says why it does not write a map, for the message that refuses a spec.
+    It may also have ``absent``, a mapping that says why it does not write a map or ``boxes``, for the message that
+    refuses a spec.
     """
 
     identity: TeacherIdentity

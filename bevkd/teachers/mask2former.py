@@ -68,8 +68,8 @@ class Config(PluginConfig):
     name: Literal["mask2former"] = "mask2former"
     folder: Path
     grid: BEVGrid
-    image_height: int = Field(default=512, gt=0, multiple_of=32)
-    image_width: int = Field(default=896, gt=0, multiple_of=32)
+    image_height: int = Field(default=800, gt=0, multiple_of=32)
+    image_width: int = Field(default=1440, gt=0, multiple_of=32)
     labels: dict[str, str] = Field(default_factory=dict)
     score_threshold: float = Field(default=0.05, ge=0, lt=1)
     max_instances: int = Field(default=100, gt=0)

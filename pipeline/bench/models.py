@@ -116,11 +116,12 @@ def bench_models(settings: ModelSettings, progress: Progress) -> dict[str, Any]:
 
 def _with_detector() -> Iterator[str]:
     """Yield the shipped recipes that describe a detector, one for each detector."""
+    values = {name: read_yaml(find(name)) for name in shipped()}
+    detectors = {name: each["detector"] for name, each in values.items() if "detector" in each}
+    detectors |= {name: found for name, each in values.items() if (found := each.get("teacher", {}).get("detector"))}
     seen = set()
-    for name in shipped():
-        values = read_yaml(find(name))
-        detector = values.get("detector") or values.get("teacher", {}).get("detector")
-        if detector and digest(detector) not in seen:
+    for name, detector in detectors.items():
+        if digest(detector) not in seen:
             seen.add(digest(detector))
             yield name
 
@@ -243,9 +244,16 @@ def count_flops(model: nn.Module, batch: Any) -> int:
 
 
 def _note_pairs(counts: dict[str, int], name: str, module: Any, output: Any) -> None:
-    pairs = output.find_indice_pair(module.indice_key)
-    joined = pairs.indice_pair_num.sum() if hasattr(pairs, "indice_pair_num") else (pairs.pair_fwd >= 0).sum()
-    counts[name] = counts.get(name, 0) + 2 * int(joined) * module.in_channels * module.out_channels
+    found = output.find_indice_pair(module.indice_key)
+    if hasattr(found, "pair_fwd"):  # the algorithm of GPUs
+        joined = int((found.pair_fwd >= 0).sum())
+    elif module.subm:  # pairs are symmetric, of which one half is kept, and every voxel is its own neighbour
+        joined = len(output.features)
+        if found is not None:
+            joined += 2 * int(found.indice_pair_num[: len(found.indice_pair_num) // 2].sum())
+    else:
+        joined = int(found.indice_pair_num.sum())
+    counts[name] = counts.get(name, 0) + 2 * joined * module.in_channels * module.out_channels
 
 
 def _dense_product(first: Tensor, second: Tensor, *_: Any, **__: Any) -> int:

@@ -51,11 +51,8 @@ class TestEncoders(testing.EncoderTests):
     @pytest.fixture(autouse=True, params=both("bevkd.models.encoders", cases.ENCODERS))
     def plug_in(self, request: pytest.FixtureRequest) -> None:
         self.module, self.config = load("bevkd.models.encoders", request.param, cases.ENCODERS[request.param])
-        self.view = View(
-            getattr(self.config, "sensors", None) or self.module.SENSORS,
-            getattr(self.config, "image_height", 0),
-            getattr(self.config, "image_width", 0),
-        )
+        height, width = getattr(self.config, "image_height", 0), getattr(self.config, "image_width", 0)
+        self.view = View(self.config.sensors, height, width)
 
     def encoder(self) -> nn.Module:
         built: nn.Module = self.module.build(self.config, self.grid)

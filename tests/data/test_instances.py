@@ -182,7 +182,7 @@ def test_a_mask_that_is_no_base64_is_named(nuimages: Path) -> None:
     rows = json.loads(path.read_text())
     rows[1]["mask"]["counts"] = "{}"
     path.write_text(json.dumps(rows))
-    with pytest.raises(DataError, match="the mask of 'late-human.pedestrian.adult' is no base64"):
+    with pytest.raises(DataError, match=r"the mask of 'late-human\.pedestrian\.adult' is no base64"):
         source(nuimages)
 
 
@@ -193,7 +193,7 @@ def test_a_missing_image_is_named(nuimages: Path) -> None:
 
 
 def test_a_split_that_is_not_there_is_refused(nuimages: Path) -> None:
-    with pytest.raises(DataError, match="unknown split 'train'; .* has: none. Set data.split"):
+    with pytest.raises(DataError, match=r"unknown split 'train'; .* has: none\. Set data\.split"):
         source(nuimages, split="train")
 
 

@@ -142,7 +142,7 @@ def test_the_similarity_ignores_the_length_of_vectors() -> None:
 def context() -> DistillContext:
     parts: Any = SimpleNamespace(
         config=SimpleNamespace(grid=GRID),
-        head=SimpleNamespace(tasks=("car", "pedestrian")),
+        head=SimpleNamespace(labels_of_task=((0,), (1,))),
         encoder=SimpleNamespace(out_channels=4),
         bev_encoder=SimpleNamespace(out_channels=6),
     )
@@ -438,3 +438,14 @@ def test_box_codes_that_the_cache_did_not_keep_are_not_read() -> None:
     nothing = dataclasses.replace(sparse, box_code_known=torch.zeros_like(known))
     terms = loss(student, dataclasses.replace(teacher, canonical=nothing), batch)
     assert {name: value.item() for name, value in terms.items()} == {"response_class": 0.0, "response_box": 0.0}
+
+
+def test_a_student_whose_pillars_are_finer_than_the_grid_cannot_learn_bev_low() -> None:
+    encoder = SimpleNamespace(out_channels=8, fineness=4)
+    student: Any = SimpleNamespace(encoder=encoder, head=SimpleNamespace(labels_of_task=((0,),)))
+    context = DistillContext.__new__(DistillContext)
+    vars(context).update(student=student, teacher_shapes={"bev_low": (8, 4, 4), "box_code": (1, 10, 4, 4)})
+    assert Config(feature=1.0).misfits(context) == [
+        "bev_low of the student's pillars is finer than the grid: set feature: 0"
+    ]
+    assert Config(feature=0.0).misfits(context) == []

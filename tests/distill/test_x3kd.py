@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from bevkd.data.collate import Batch
-from bevkd.distill.base import TeacherBatch
+from bevkd.distill.base import DistillContext, TeacherBatch
 from bevkd.distill.x3kd import Config, OutputDistillation
 from bevkd.geometry.affine import BEVAffine
 from bevkd.grid import BEVGrid
-from bevkd.models.detector import DetectorOutput
+from bevkd.models.detector import Detector, DetectorOutput
 from bevkd.models.heads import center
 from bevkd.models.heads.center import CenterHead, HeadOutput
 from bevkd.types import Boxes, Signals
@@ -161,3 +162,15 @@ def test_half_precision_maps_give_a_float32_loss() -> None:
     terms = run(half, (found(),))
     assert {value.dtype for value in terms.values()} == {torch.float32}
     torch.testing.assert_close(terms, run(full, (found(),)), rtol=2e-2, atol=1e-2)
+
+
+def test_a_student_with_anchors_is_told_before_the_first_batch() -> None:
+    """Anchors have no heatmap targets."""
+
+    def context(own_head: object) -> DistillContext:
+        return DistillContext(cast(Detector, SimpleNamespace(head=own_head)), {})
+
+    assert Config().misfits(context(head())) == []
+    (fault,) = Config().misfits(context(object()))
+    assert "give the student the head 'center'" in fault
+    assert Config(output=0).misfits(context(object())) == []

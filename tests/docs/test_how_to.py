@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
+import subprocess
+import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,9 @@ from safetensors.torch import save_file
 
 from bevkd.cache.reader import CacheReader
 from bevkd.config import parse
+from bevkd.grid import BEVGrid
 from bevkd.progress import Silent
+from bevkd.testing import MadeUpFrames
 from pipeline.cache_teacher import cache_teacher
 from pipeline.recipe import CacheRecipe
 from tests.cache import kit
@@ -30,14 +35,18 @@ def python(page: str) -> list[tuple[str, str]]:
     return re.findall(r"```python(?: title=\"(.*?)\")?\n(.*?)```", text, re.DOTALL)
 
 
+def write(folder: Path) -> None:
+    """Write the modules of the how-tos about plug-ins, and their tests."""
+    for page in ("own-data", "own-teacher", "own-loss"):
+        for title, code in python(page):
+            (folder / title).parent.mkdir(exist_ok=True)
+            (folder / title).write_text(code)
+
+
 @pytest.fixture
 def plug_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Install the data set and the teacher of the how-tos as another distribution would."""
-    for page in ("own-data", "own-teacher"):
-        ((title, code),) = python(page)
-        path = tmp_path / title
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(code)
+    write(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     points = {
         "bevkd.data.sources": EntryPoint("folder", "my_bev.folder", "bevkd.data.sources"),
@@ -80,8 +89,34 @@ def test_ones_own_data_and_ones_own_teacher_make_a_cache(tmp_path: Path) -> None
     assert torch.equal(reader.boxes("frame-3").pack(), boxes["frame-3"])
 
 
+def test_the_plug_ins_pass_their_suites(tmp_path: Path) -> None:
+    write(tmp_path)
+    source = MadeUpFrames(("car", "pedestrian"), BEVGrid(x_m=(-16, 16), y_m=(-16, 16), cell_m=1.0))
+    (tmp_path / "frames").mkdir()
+    for token in source.tokens:
+        points, boxes = source.load(token, frozenset({"lidar"})).points, source.annotations(token)
+        assert points is not None
+        np.savez(tmp_path / "frames" / f"{token}.npz", points=points, boxes=boxes.values, labels=boxes.labels)
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "tests"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stdout
+    (passed,) = re.findall(r"^(\d+) passed", done.stdout, re.MULTILINE)
+    assert int(passed) > 20
+
+
 def test_a_cache_is_read_as_the_how_to_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kit.write(tmp_path / "caches" / "centerpoint", kit.header())
     monkeypatch.chdir(tmp_path)
     ((_, code),) = python("share-a-cache")
     exec(compile(code, "share-a-cache.md", "exec"), {})
+
+
+def test_the_instance_head_is_used_as_the_how_to_says() -> None:
+    ((_, code),) = python("segmentation")
+    names: dict[str, Any] = {}
+    exec(compile(code, "segmentation.md", "exec"), names)
+    assert set(names["losses"]) == {"heatmap", "box", "mask"}
+    assert float(names["loss"].detach()) > 0

@@ -473,3 +473,14 @@ def test_every_fault_of_a_result_folder_is_reported_at_once(tmp_path: Path) -> N
         assert fault in str(caught.value)
     with pytest.raises(ContractError, match="is no folder"):
         load_detections(tmp_path / "nowhere", source)
+
+
+def test_nothing_found_scores_nothing_and_nothing_to_find_scores_no_number(tmp_path: Path) -> None:
+    source = source_of(tmp_path, many(3))
+    nothing = evaluate(source, dict.fromkeys(source.tokens, Boxes.empty()))
+    assert nothing.ap["Car"] == dict.fromkeys(nothing.ap["Car"], (0, 0, 0))
+    empty = source_of(tmp_path / "empty", {"000000": []})
+    for found in (Boxes.empty(), source.annotations("000000")):
+        report = evaluate(empty, {"000000": found})
+        assert report.headline == {}
+        assert all(math.isnan(ap) for scores in report.ap["Car"].values() for ap in scores)

@@ -279,3 +279,12 @@ def test_impossible_ranges_are_refused(wrong: dict[str, object]) -> None:
 def test_the_symmetries_of_a_square_are_eight() -> None:
     matrices = [affine.matrix() for affine in D4]
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(matrices, 2))
+
+
+@pytest.mark.parametrize(
+    ("flip", "drawn"), [("x", {(False, False), (True, False)}), ("y", {(False, False), (False, True)})]
+)
+def test_a_grid_that_lies_ahead_is_mirrored_in_one_axis_only(flip: str, drawn: set[tuple[bool, bool]]) -> None:
+    config, generator = BEVAffineConfig.model_validate({"flip": flip}), torch.Generator().manual_seed(0)
+    found = [BEVAffine.sample(config, generator) for _ in range(40)]
+    assert {(affine.flip_x, affine.flip_y) for affine in found} == drawn

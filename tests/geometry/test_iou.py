@@ -41,6 +41,36 @@ def test_iou_equals_shapely_for_nearly_equal_boxes(generator: torch.Generator, t
     torch.testing.assert_close(bev_iou(a, b), shapely_iou(a, b), atol=1e-5, rtol=0)
 
 
+def pairs(count: int) -> tuple[Tensor, Tensor]:
+    """Return random pairs in double precision; one in eight each is touching, contained, equal, crossing or flat."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (random_boxes(count, generator, reach_m=3).values.double() for _ in range(2))
+    touching, contained, equal, crossing, flat = (slice(k, None, 8) for k in range(5))
+    for part in (touching, contained, equal, crossing):
+        b[part, :7] = a[part, :7]
+    ahead = torch.stack([a[touching, 6].cos(), a[touching, 6].sin()], dim=1)
+    b[touching, :2] += ahead * a[touching, 3:4]
+    b[contained, 3:6] *= 0.1 + 0.8 * torch.rand(len(a[contained]), 3, generator=generator)
+    b[crossing, 6] += torch.pi / 2
+    b[flat, 3] = 0
+    return a, b
+
+
+def test_iou_equals_shapely_on_10000_pairs() -> None:
+    a, b = pairs(10_000)
+    of_a, of_b = (shapely.polygons(bev_corners(boxes).numpy()) for boxes in (a, b))
+    # Without a grid GEOS takes some boxes that share an edge for equal.
+    shared = torch.from_numpy(np.asarray(shapely.area(shapely.intersection(of_a, of_b, grid_size=1e-9))))
+    union = a[:, 3] * a[:, 4] + b[:, 3] * b[:, 4] - shared
+    torch.testing.assert_close(bev_iou(a, b), shared / union, atol=1e-6, rtol=0)
+
+    low, high = (torch.stack([box[:, 2] + side * box[:, 5] / 2 for box in (a, b)]) for side in (-1, 1))
+    volume = shared * (high.amin(0) - low.amax(0)).clamp(min=0)
+    union = a[:, 3:6].prod(1) + b[:, 3:6].prod(1) - volume
+    torch.testing.assert_close(iou_3d(a, b), volume / union, atol=1e-6, rtol=0)
+    assert ((shared > 0.01) & (volume > 0.01)).sum() > 4000
+
+
 @given(seeds())
 def test_a_box_overlaps_itself_fully(generator: torch.Generator) -> None:
     boxes = random_boxes(50, generator).values
@@ -129,3 +159,11 @@ def test_nms_looks_at_the_best_boxes_only() -> None:
 def test_nms_of_no_boxes_keeps_none() -> None:
     assert rotated_nms(torch.zeros(0, 7), torch.zeros(0), 0.2, pre=10, post=10).tolist() == []
     assert circle_nms(torch.zeros(0, 2), torch.zeros(0), 4.0, post=10).tolist() == []
+
+
+def test_nms_of_many_overlapping_boxes_is_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    boxes, scores = random_boxes(200, generator, reach_m=8).values, torch.rand(200, generator=generator)
+    whole = rotated_nms(boxes, scores, 0.1, pre=200, post=200)
+    monkeypatch.setattr("bevkd.geometry.iou._PAIRS", 7)
+    assert torch.equal(rotated_nms(boxes, scores, 0.1, pre=200, post=200), whole)

@@ -292,7 +292,8 @@ def test_decoding_equals_suppression_one_by_one(seed: int) -> None:
         anchor = torch.tensor([model.anchors.x[j], model.anchors.y[i], *model.anchors.shape[a]])
         box = decode_anchors(output.codes[0, a, :, i, j].detach(), anchor)
         yaw, direction = float(box[6]) - 0.78539, int(output.directions[0, a, :, i, j].argmax())
-        box[6] = yaw - math.floor(yaw / math.pi) * math.pi + 0.78539 + math.pi * direction
+        yaw = yaw - math.floor(yaw / math.pi) * math.pi + 0.78539 + math.pi * direction
+        box[6] = math.remainder(yaw, 2 * math.pi)
         boxes.append(box)
     clash = bev_iou_matrix(torch.stack(boxes), torch.stack(boxes)) > 0.01
     kept: list[int] = []
@@ -342,7 +343,8 @@ def test_a_small_map_is_learned_by_heart() -> None:
     boxes = frame(("Car", 10, 2, 2.9), ("Pedestrian", 5, 1, -1.2), ("Car", 20, -4, -0.4))
     targets, labelled = model.targets([boxes]), torch.tensor([True])
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
-    for _ in range(400):
+    for step in range(400):
+        optimizer.param_groups[0]["lr"] = 0.02 if step < 250 else 0.002
         optimizer.zero_grad()
         total = sum(model.loss(model(features), targets, labelled).values(), torch.zeros(()))
         total.backward()  # type: ignore[no-untyped-call]

@@ -60,17 +60,17 @@ def brute_force(encoder: PillarEncoder, batch: Batch) -> Tensor:
     for point, frame in zip(batch.points, batch.point_frame.tolist(), strict=True):
         x, y, z = point[:3].tolist()
         column, row = math.floor((x + 6.4) / edge), math.floor((y + 4.8) / edge)
-        if 0 <= column < columns and 0 <= row < rows and -3 <= z < 1:
+        if 0 <= column < columns and 0 <= row < rows and (config.dynamic or -3 <= z < 1):
             members.setdefault((frame, row, column), []).append(point[: config.point_features])
     out = torch.zeros(len(batch), encoder.out_channels, rows, columns)
     for place, (key, all_points) in enumerate(members.items()):
         if config.max_pillars is not None and place >= config.max_pillars:
             continue
-        points = all_points[: config.max_points]
+        points = all_points if config.dynamic else all_points[: config.max_points]
         mean = torch.stack(points)[:, :3].mean(0)
         center = torch.tensor([-6.4 + (key[2] + 0.5) * edge, -4.8 + (key[1] + 0.5) * edge, -1.0])
         slots = [torch.cat([p, p[:3] - mean, (p[:3] - center)[: config.center_offsets]]) for p in points]
-        slots += [torch.zeros_like(slots[0])] * (config.max_points - len(points))
+        slots += [] if config.dynamic else [torch.zeros_like(slots[0])] * (config.max_points - len(points))
         for index, layer in enumerate(encoder.layers):
             assert isinstance(layer.linear, nn.Linear)
             assert isinstance(layer.norm, nn.BatchNorm1d)
@@ -92,6 +92,7 @@ def brute_force(encoder: PillarEncoder, batch: Batch) -> Tensor:
         {"center_offsets": 2, "channels": (8, 6)},
         {"max_points": 1},
         {"max_points": 50, "channels": (8, 8, 4)},
+        {"dynamic": True, "channels": (8, 6)},
     ],
     ids=str,
 )

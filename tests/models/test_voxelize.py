@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -103,6 +103,7 @@ def equals_spconv(
     return len(indices)
 
 
+@settings(max_examples=40)
 @given(seeds(), st.integers(1, 3000), st.integers(1, 6), st.sampled_from([20, 100, 100_000]))
 def test_it_equals_spconvs_own_on_random_points(
     generator: torch.Generator, count: int, max_points: int, max_voxels: int

@@ -449,6 +449,41 @@ def boxes_of(maps: dict[str, Tensor], style: str, low_m: Sequence[float], cell_m
     return torch.stack([x, y, m["height"][0], *sizes, yaw, *m["vel"]], dim=1)
 
 
+def anchor_boxes(
+    maps: Sequence[Tensor],
+    sizes_m: Sequence[tuple[float, float, float]],
+    x_m: Sequence[float],
+    y_m: Sequence[float],
+    bottom_m: float,
+    offset: float,
+) -> tuple[Tensor, Tensor]:
+    """Return logit and box (x, y, z, l, w, h, yaw) of the best of each class's two anchors at each cell.
+
+    Anchors stand from edge to edge of the range, class by class, at 0 and 1.57 rad each.
+    """
+    cls, box, direction = (value[0].permute(1, 2, 0) for value in maps)
+    rows, columns, _ = cls.shape
+    classes = len(sizes_m)
+    scores, boxes = torch.zeros(rows * columns, classes), torch.zeros(rows * columns, classes, 7)
+    for row in range(rows):
+        for column in range(columns):
+            for label, (length, width, height) in enumerate(sizes_m):
+                logits = cls[row, column].view(-1, classes)[2 * label : 2 * label + 2, label]
+                best = int(logits.argmax())
+                code = box[row, column].view(-1, 7)[2 * label + best]
+                diagonal = math.hypot(length, width)
+                x = x_m[0] + column * (x_m[1] - x_m[0]) / (columns - 1) + code[0] * diagonal
+                y = y_m[0] + row * (y_m[1] - y_m[0]) / (rows - 1) + code[1] * diagonal
+                z = bottom_m + height / 2 + code[2] * height
+                size = [side * code[3 + axis].exp() for axis, side in enumerate((length, width, height))]
+                yaw = code[6] + 1.57 * best - offset
+                half = int(direction[row, column].view(-1, 2)[2 * label + best].argmax())
+                yaw = yaw - torch.floor(yaw / math.pi) * math.pi + offset + math.pi * half
+                at = row * columns + column
+                scores[at, label], boxes[at, label] = logits[best], torch.stack([x, y, z, *size, yaw])
+    return scores, boxes
+
+
 def randomise(model: nn.Module, seed: int) -> nn.Module:
     """Return ``model`` with weights, norms and running statistics that all matter."""
     generator = torch.Generator().manual_seed(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,7 +23,16 @@ from bevkd.models.voxelize import group_points, voxelize
 from bevkd.teachers.checkpoints import load_checkpoint
 from bevkd.teachers.detector import Config, build
 from bevkd.types import Boxes
-from tests.teachers.public import Public, Sizes, Sparse, boxes_of, encode_pillars, encode_voxels, randomise
+from tests.teachers.public import (
+    Public,
+    Sizes,
+    Sparse,
+    anchor_boxes,
+    boxes_of,
+    encode_pillars,
+    encode_voxels,
+    randomise,
+)
 
 GRID = {"x_m": [-6.4, 6.4], "y_m": [-4.8, 4.8], "z_m": [-3, 1], "cell_m": 1.6}  # 6 x 8: nothing is square
 CLASSES = ("bus", "car", "truck")  # in another order than in the tasks
@@ -274,6 +284,66 @@ def test_kernels_that_nothing_tells_apart_are_asked_for(kernels: Any, tmp_path: 
     detector = detector_of(ALIKE)
     load_checkpoint(path, detector, kernels=kernels)
     compare(detector, public, "openpcdet", scene())  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------ anchor heads
+
+SECOND = replace(VOXEL, kind="plain", points=4, tasks=(), anchors=6)
+POINT_PILLARS = replace(PILLAR, channels=(8,), points=4, tasks=(), anchors=6, strides=(4, 1, 2))
+ANCHORS = {"bus": (9.0, 2.8, 3.0), "car": (3.9, 1.6, 1.56), "truck": (6.0, 2.2, 2.5)}
+
+
+def with_anchors(sizes: Sizes, offset: float) -> Detector:
+    anchors = {
+        name: {"size_m": size, "bottom_m": -1.78, "matched": 0.6, "unmatched": 0.45} for name, size in ANCHORS.items()
+    }
+    head = {"name": "anchor", "anchors": anchors, "direction_offset_rad": offset}
+    torch.manual_seed(99)
+    return Detector(DetectorConfig.model_validate({**config_of(sizes), "head": head}), CLASSES).eval()
+
+
+@pytest.mark.parametrize("sizes", [SECOND, POINT_PILLARS], ids=["second", "point_pillars"])
+@pytest.mark.parametrize(("style", "offset"), [("openpcdet", 0.78539), ("mmdet3d", -math.pi / 2)])
+def test_a_public_anchor_detector_gives_the_same_maps_and_boxes_here(
+    style: Any, offset: float, sizes: Sizes, tmp_path: Path
+) -> None:
+    public = randomise(Public(style, sizes, "spconv1", prefix=""), 1)
+    detector, batch = with_anchors(sizes, offset), scene(1)
+    load_checkpoint(saved(public, tmp_path, mmdet3d_version="1.0.0"), detector)
+    with torch.no_grad():
+        ours, theirs = detector(batch), public(encode_of(sizes, batch))
+    torch.testing.assert_close(ours.bev_low, theirs.bev_low, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.bev_high, theirs.bev_high, atol=1e-5, rtol=1e-5)
+    scores, boxes = anchor_boxes(theirs.anchors, list(ANCHORS.values()), GRID["x_m"], GRID["y_m"], -1.78, offset)
+    torch.testing.assert_close(ours.head.heatmap[0], scores.view(6, 8, 3).movedim(2, 0), atol=1e-5, rtol=1e-5)
+    cells = torch.cartesian_prod(torch.arange(6), torch.arange(8))
+    for task in range(3):
+        decoded = decode_boxes(ours.head.box_code[0, task].flatten(1).T, cells, detector.config.grid)[:, :7]
+        turn = decoded[:, 6] - boxes[:, task, 6]
+        decoded[:, 6] = boxes[:, task, 6] + torch.atan2(turn.sin(), turn.cos())
+        torch.testing.assert_close(decoded, boxes[:, task], atol=2e-5, rtol=1e-5)
+
+
+def test_anchor_detectors_of_old_mmdetection3d_are_refused(tmp_path: Path) -> None:
+    path = saved(Public("mmdet3d", SECOND, prefix=""), tmp_path)
+    with pytest.raises(CheckpointError, match=r"before 1\.0.*v1\.0\.0_models"):
+        load_checkpoint(path, with_anchors(SECOND, -math.pi / 2), version="0.x")
+
+
+def test_directions_that_begin_elsewhere_are_refused(tmp_path: Path) -> None:
+    path = saved(Public("mmdet3d", SECOND, prefix=""), tmp_path)
+    with pytest.raises(CheckpointError, match=r"direction_offset_rad: -1\.5708"):
+        load_checkpoint(path, with_anchors(SECOND, 0.78539), version="1.x")
+
+
+def test_classes_in_another_order_are_refused(tmp_path: Path) -> None:
+    state = {
+        "state_dict": Public("mmdet3d", SECOND, prefix="").state_dict(),
+        "meta": {"CLASSES": ("car", "bus", "truck")},
+    }
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"Set data\.classes: \[car, bus, truck\]"):
+        load_checkpoint(tmp_path / "other.pth", with_anchors(SECOND, -math.pi / 2), version="1.x")
 
 
 # ------------------------------------------------------------------------------------------ published sizes

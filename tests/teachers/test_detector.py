@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from bevkd.cache.arrays import sample_shapes_of
+from bevkd.cache.spec import load_spec
 from bevkd.data.collate import Batch
-from bevkd.errors import ConfigError
+from bevkd.errors import CacheSpecError, ConfigError
 from bevkd.geometry.affine import BEVAffine
 from bevkd.teachers.base import Teacher
 from bevkd.teachers.detector import Config, build
@@ -71,3 +73,38 @@ def test_a_precision_that_does_not_exist_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="float32"):
         parse(Config, {"name": "detector", "detector": TEACHER, "precision": "int8"}, "recipe")
+
+
+# ------------------------------------------------------------------------------------------ pillars
+
+PILLARS = {
+    **TEACHER,
+    "encoder": {"name": "pillar", "pillar_m": TEACHER["grid"]["cell_m"] / 2, "channels": [8]},
+    "bev_encoder": {"layers": [0, 0], "strides": [1, 2], "channels": [8, 8], "up_channels": [8, 8]},
+}
+
+
+def test_a_map_that_is_finer_than_the_grid_is_no_signal(batch: Batch) -> None:
+    pillars = teacher(detector=PILLARS)
+    signals = pillars.infer(batch)
+    assert signals.bev_low is None
+    assert set(pillars.shapes) == {"bev_high", "heatmap", "box_code"}
+    for name, shape in pillars.shapes.items():
+        assert signals.need(name).shape[1:] == shape
+
+
+def test_a_spec_that_wants_that_map_is_refused_with_the_reason() -> None:
+    pillars = teacher(detector=PILLARS)
+    reasons = getattr(pillars, "absent", None)
+    with pytest.raises(
+        CacheSpecError, match=r"bev_low needs bev_low \(each cell of the grid has 2 x 2 of the encoder's"
+    ):
+        sample_shapes_of(load_spec("unidistill"), pillars.shapes, "detector", reasons)
+    sample_shapes_of(load_spec("pillars"), pillars.shapes, "detector", reasons)
+
+
+def test_pillars_as_large_as_cells_write_the_map(batch: Batch) -> None:
+    encoder = {"name": "pillar", "pillar_m": TEACHER["grid"]["cell_m"], "channels": [8]}
+    pillars = teacher(detector={**PILLARS, "encoder": encoder})
+    assert pillars.infer(batch).need("bev_low").shape[1:] == pillars.shapes["bev_low"]
+    sample_shapes_of(load_spec("unidistill"), pillars.shapes, "detector")

@@ -89,8 +89,8 @@ def project_boxes(
     visible = np.broadcast_to((depth >= NEAR_M).any(axis=2, keepdims=True), depth.shape)
     homogeneous = np.where(visible[..., None], cut, [0.0, 0.0, 1.0]) @ calibration.image_from_rectified[:, :3].T
     pixels = homogeneous + calibration.image_from_rectified[:, 3]
-    pixels = (pixels[..., :2] / pixels[..., 2:]).reshape(len(locations), -1, 2)
-    hidden = ~visible.reshape(len(locations), -1, 1)
+    pixels = (pixels[..., :2] / pixels[..., 2:]).reshape(len(locations), 2 * len(_EDGES), 2)
+    hidden = ~visible.reshape(len(locations), 2 * len(_EDGES), 1)
     low = np.where(hidden, np.inf, pixels).min(axis=1, initial=np.inf)
     high = np.where(hidden, -np.inf, pixels).max(axis=1, initial=-np.inf)
     limit = np.array([image_size[1], image_size[0]]) - 1.0  # KITTI's rectangles end at the last pixel

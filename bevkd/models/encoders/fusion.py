@@ -10,17 +10,17 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from bevkd.config import PluginConfig
 from bevkd.data.collate import Batch
 from bevkd.data.source import Sensor
 from bevkd.grid import BEVGrid
 from bevkd.models.bev_encoder import conv_bn_relu
 from bevkd.models.encoders import lift_splat, voxel
+from bevkd.models.encoders.base import EncoderConfig
 from bevkd.models.widths import scaled
 from bevkd.types import LidarDepth
 
 
-class Config(PluginConfig):
+class Config(EncoderConfig):
     """Config of the fusion encoder.
 
     Attributes:

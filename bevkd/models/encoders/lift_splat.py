@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, UInt8
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from bevkd.config import PluginConfig, StrictModel
+from bevkd.config import StrictModel
 from bevkd.data.collate import Batch
 from bevkd.data.source import Sensor
 from bevkd.errors import ConfigError
@@ -29,6 +29,7 @@ from bevkd.models.depth_net import (
     depth_loss,
     depth_targets,
 )
+from bevkd.models.encoders.base import EncoderConfig
 from bevkd.models.splat import scatter, splat
 from bevkd.models.widths import scaled
 from bevkd.types import LidarDepth
@@ -52,7 +53,7 @@ class DepthBins(StrictModel):
         return torch.arange(self.start, self.stop - self.step / 2, self.step)
 
 
-class Config(PluginConfig):
+class Config(EncoderConfig):
     """Config of the camera encoder.
 
     Attributes:

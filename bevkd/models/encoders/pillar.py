@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from bevkd.config import PluginConfig
 from bevkd.data.collate import Batch
 from bevkd.data.source import Sensor
 from bevkd.errors import ConfigError
 from bevkd.grid import BEVGrid
+from bevkd.models.encoders.base import EncoderConfig
 from bevkd.models.voxelize import VoxelGroups, group_points
 from bevkd.models.widths import scaled
 
-SENSORS: frozenset[Sensor] = frozenset({"lidar"})
 _BN_EPS, _BN_MOMENTUM = 1e-3, 0.01
+_ANY_HEIGHT_M = (-1e6, 1e6)
 
 
-class Config(PluginConfig):
+class Config(EncoderConfig):
     """Config of the pillar encoder.
 
     Attributes:
@@ -33,7 +33,11 @@ class Config(PluginConfig):
         center_offsets: 3 adds x, y and z from the pillar's centre, 2 (det3d) only x and y.
         max_points: points of a pillar that count.
         max_pillars: pillars of a frame that count, first come, first served; None is all.
+        dynamic: all points of a pillar count, whatever their height, and none of its slots is empty, as in OpenPCDet's
+            dynamic pillars.
     """
+
+    SENSORS: ClassVar[frozenset[Sensor]] = frozenset({"lidar"})
 
     name: Literal["pillar"] = "pillar"
     pillar_m: float = Field(default=0.2, gt=0)
@@ -42,6 +46,7 @@ class Config(PluginConfig):
     center_offsets: Literal[2, 3] = 3
     max_points: int = Field(default=20, ge=1)
     max_pillars: int | None = Field(default=None, ge=1)
+    dynamic: bool = False
 
     def scaled(self, factor: float) -> Config:
         """Return the config with its channels times ``factor``."""
@@ -72,8 +77,9 @@ class PillarEncoder(nn.Module):
             )
         rows, columns = grid.shape
         self.pillars = (1, rows * self.fineness, columns * self.fineness)
-        self.low_m = (grid.x_m[0], grid.y_m[0], grid.z_m[0])
-        self.pillar_m = (config.pillar_m, config.pillar_m, grid.z_m[1] - grid.z_m[0])
+        low_z, high_z = _ANY_HEIGHT_M if config.dynamic else grid.z_m
+        self.low_m = (grid.x_m[0], grid.y_m[0], low_z)
+        self.pillar_m = (config.pillar_m, config.pillar_m, high_z - low_z)
         inputs = config.point_features + 3 + config.center_offsets
         last = len(config.channels) - 1
         self.layers = nn.ModuleList(
@@ -100,16 +106,17 @@ class PillarEncoder(nn.Module):
                 self.low_m,
                 self.pillar_m,
                 self.pillars,
-                config.max_points,
+                max(len(points), 1) if config.dynamic else config.max_points,
                 config.max_pillars,
             )
             if len(groups.counts) == 0:
                 return points.new_zeros(frames, self.out_channels, *self.pillars[1:])
             pillar = groups.voxel_of_point
             features = self._inputs(points[groups.points], pillar, groups)
-            partial = (groups.counts < config.max_points).nonzero().squeeze(1)
-            features = torch.cat([features, features.new_zeros(len(partial), features.shape[1])])
-            pillar = torch.cat([pillar, partial])
+            if not config.dynamic:
+                partial = (groups.counts < config.max_points).nonzero().squeeze(1)
+                features = torch.cat([features, features.new_zeros(len(partial), features.shape[1])])
+                pillar = torch.cat([pillar, partial])
             for index, layer in enumerate(self.layers):
                 features = layer(features)
                 largest = _maximum(features, pillar, len(groups.counts))
@@ -121,8 +128,9 @@ class PillarEncoder(nn.Module):
         """Return the values of each point with its offsets from the mean and from the centre of its pillar."""
         sums = points.new_zeros(len(groups.counts), 3).index_add_(0, pillar, points[:, :3])
         mean = sums / groups.counts[:, None]
-        edges = points.new_tensor(self.pillar_m)
-        center = groups.indices[:, [3, 2, 1]] * edges + (points.new_tensor(self.low_m) + edges / 2)
+        edge, grid = self.config.pillar_m, self.grid
+        first = points.new_tensor([grid.x_m[0] + edge / 2, grid.y_m[0] + edge / 2, sum(grid.z_m) / 2])
+        center = groups.indices[:, [3, 2, 1]] * points.new_tensor([edge, edge, 0.0]) + first
         offsets = points[:, :3] - center[pillar]
         return torch.cat([points, points[:, :3] - mean[pillar], offsets[:, : self.config.center_offsets]], dim=1)
 

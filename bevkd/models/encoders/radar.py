@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from bevkd.config import PluginConfig
 from bevkd.data.collate import Batch
 from bevkd.data.source import Sensor
 from bevkd.grid import BEVGrid
 from bevkd.models.encoders import pillar
+from bevkd.models.encoders.base import EncoderConfig
 from bevkd.models.widths import scaled
-
-SENSORS: frozenset[Sensor] = frozenset({"radar"})
 
 _RADAR_VALUES = 7
 
 
-class Config(PluginConfig):
+class Config(EncoderConfig):
     """Config of the radar encoder; how many scans are put together is ``data.radar_sweeps``.
 
     Attributes:
         channels: width of each layer, the last one of ``bev_low``.
         max_points: returns of a cell that count; the newest scan comes first.
     """
+
+    SENSORS: ClassVar[frozenset[Sensor]] = frozenset({"radar"})
 
     name: Literal["radar"] = "radar"
     channels: tuple[int, ...] = Field(default=(64, 64), min_length=1)

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from bevkd.config import PluginConfig
 from bevkd.data.collate import Batch
 from bevkd.data.source import Sensor
 from bevkd.errors import ConfigError
 from bevkd.grid import BEVGrid
+from bevkd.models.encoders.base import EncoderConfig
 from bevkd.models.sparse import ResidualBlock, down_conv, sparse_tensor, sub_m_block, to_dense
 from bevkd.models.voxelize import voxelize
 from bevkd.models.widths import scaled
 
-SENSORS: frozenset[Sensor] = frozenset({"lidar"})
 
-
-class Config(PluginConfig):
+class Config(EncoderConfig):
     """Config of the sparse voxel encoder.
 
     Attributes:
@@ -36,6 +34,8 @@ class Config(PluginConfig):
         max_points: points of a voxel that count.
         max_voxels: voxels of a frame that count, first come, first served; None is all.
     """
+
+    SENSORS: ClassVar[frozenset[Sensor]] = frozenset({"lidar"})
 
     name: Literal["voxel"] = "voxel"
     kind: Literal["residual", "plain"] = "residual"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bevkd.config import PluginConfig, StrictModel
 from bevkd.errors import ConfigError, report
+from bevkd.geometry.boxes import wrap_angle
 from bevkd.geometry.iou import rotated_nms
 from bevkd.grid import BEVGrid
 from bevkd.models.heads._anchors import (
@@ -298,7 +299,7 @@ class AnchorHead(nn.Module):
             output.codes[frame, anchor, :, row, column].float(), self.anchors.at(anchor, row, column)
         )
         direction = output.directions[frame, anchor, :, row, column].argmax(dim=1)
-        yaw = turned_to(boxes[:, 6], direction, config.direction_offset_rad)
+        yaw = wrap_angle(turned_to(boxes[:, 6], direction, config.direction_offset_rad))
         values = torch.cat([boxes[:, :6], yaw[:, None], boxes.new_full((len(boxes), 2), math.nan)], dim=1)
         kept = rotated_nms(values[:, :CODE_SIZE], scores, config.nms_iou, config.candidates, config.max_boxes)
         return Boxes(values, label[tuple(place.T)], scores)[kept]

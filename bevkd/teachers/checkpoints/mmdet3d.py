@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,17 +21,18 @@ NAME = "mmdetection3d"
 
 @dataclass(frozen=True)
 class Prefixes:
-    """Where the parts of a detector stand: ``pts_middle_encoder`` and so on."""
+    """Where the parts of a detector stand, ``pts_middle_encoder`` and so on, and their kind of 1x1 up-sampling."""
 
     sparse: str
     pillar: str
     backbone: str
     neck: str
     head: str
+    at_stride_1: Literal["conv", "transposed"] = "conv"
 
 
 _MULTI_MODAL = Prefixes("pts_middle_encoder", "pts_voxel_encoder", "pts_backbone", "pts_neck", "pts_bbox_head")
-_SINGLE = Prefixes("middle_encoder", "voxel_encoder", "backbone", "neck", "bbox_head")
+_SINGLE = Prefixes("middle_encoder", "voxel_encoder", "backbone", "neck", "bbox_head", "transposed")
 
 
 def recognises(file: PublicFile) -> bool:
@@ -82,7 +85,7 @@ def names(detector: Detector, at: Prefixes) -> Names:
         blocks=f"{at.backbone}.blocks",
         deblocks=f"{at.neck}.deblocks",
         first_conv=0,
-        at_stride_1="conv",
+        at_stride_1=at.at_stride_1,
         shared=(f"{at.head}.shared_conv.conv", f"{at.head}.shared_conv.bn"),
         branch=branch,
         branches={name: name for name in ("reg", "height", "dim", "rot", "vel", "heatmap")},
@@ -118,6 +121,12 @@ def _check_anchor(file: PublicFile, detector: Detector, old: bool) -> None:
         raise CheckpointError(
             f"{file.path} is an anchor detector of mmdetection3d before 1.0, whose anchors and direction classes are "
             "turned by a quarter. Take the file of the same model from the model zoo's v1.0.0_models."
+        )
+    # Its public configs leave the offset at mmdetection3d's default.
+    if abs(detector.config.head.direction_offset_rad + math.pi / 2) > 0.01:
+        raise CheckpointError(
+            f"{file.path}: mmdetection3d counts directions from -pi / 2. Set "
+            "teacher.detector.head.direction_offset_rad: -1.5708; otherwise half of the boxes face backwards."
         )
     classes = file.meta.get("CLASSES") or file.meta.get("classes")
     if classes and tuple(classes) != detector.classes:
