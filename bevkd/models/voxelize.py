@@ -65,8 +65,8 @@ def group_points(
     first = counts.cumsum(0) - counts
     limited = counts.clamp(max=max_points)
     if max_voxels is not None and len(voxels) > max_voxels:
-        early = _early(voxels // (shape[0] * shape[1] * shape[2]), order[first], max_voxels)
-        voxels, first, limited = voxels[early], first[early], limited[early]
+        early = _early(voxels // (shape[0] * shape[1] * shape[2]), order[first], max_voxels).nonzero().squeeze(1)
+        voxels, first, limited = (each.index_select(0, early) for each in (voxels, first, limited))
     # The first few entries of each voxel's run in the sorted order.
     total = int(limited.sum())
     position = torch.arange(total, device=order.device)

@@ -13,7 +13,7 @@ from bevkd import config
 from bevkd.cache.spec import load_spec
 from bevkd.config import StrictModel, read_yaml
 from bevkd.types import SIGNALS
-from pipeline.recipe import CacheRecipe, StudentRecipe, TrainRecipe, find
+from pipeline.recipe import CacheRecipe, SegmenterRecipe, StudentRecipe, TrainRecipe, find
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path.stem for path in (ROOT / "pipeline" / "recipes").glob("*.yaml"))
@@ -75,6 +75,8 @@ def model_of(recipe: str) -> type[StrictModel]:
     values = read_yaml(find(recipe))
     if "teacher" in values:
         return CacheRecipe
+    if "segmenter" in values:
+        return SegmenterRecipe
     return StudentRecipe if "distill" in values or "student" in recipe else TrainRecipe
 
 
@@ -99,7 +101,7 @@ def test_the_spec_of_every_cache_recipe_exists(recipe: str) -> None:
 
 
 def test_there_are_recipes_for_all_stages() -> None:
-    assert {model_of(recipe) for recipe in RECIPES} == {CacheRecipe, StudentRecipe, TrainRecipe}
+    assert {model_of(recipe) for recipe in RECIPES} == {CacheRecipe, SegmenterRecipe, StudentRecipe, TrainRecipe}
 
 
 @pytest.mark.parametrize("spec", SPECS)

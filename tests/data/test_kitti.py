@@ -182,6 +182,19 @@ def test_only_wanted_classes_become_boxes(tmp_path: Path) -> None:
     assert source.objects("000000").names == ("Van", "Cyclist", "DontCare", "Car")
 
 
+def test_a_box_has_the_gravity_centre_of_its_label_and_its_heading_from_above(tmp_path: Path) -> None:
+    kitti_kit.write(tmp_path, {"000000": [label(location=(2.0, 1.6, 20.0), size=(1.5, 1.7, 4.0), rotation=0.3)]})
+    source = build(Config(root=tmp_path, split="trainval"))
+    (box,), calibration = source.annotations("000000").values.double().numpy(), source.calibration("000000")
+    center = calibration.rectified_from_lidar @ [*box[:3], 1]
+    np.testing.assert_allclose(center[:3], [2.0, 1.6 - 1.5 / 2, 20.0], atol=1e-5)
+    np.testing.assert_allclose(box[3:6], [4.0, 1.7, 1.5], atol=1e-6)
+    ahead = calibration.rectified_from_lidar[:3, :3] @ [math.cos(box[6]), math.sin(box[6]), 0]
+    np.testing.assert_allclose(ahead[[0, 2]], [math.cos(0.3), -math.sin(0.3)], atol=0.02)
+    assert 15 < box[0] < 25  # ahead is x
+    assert -3 < box[1] < -1  # right is negative y
+
+
 def test_boxes_with_too_few_points_are_no_labels(tmp_path: Path) -> None:
     lines = [label(location=(0.0, 1.6, 20.0)), label(location=(6.0, 1.6, 30.0))]
     kitti_kit.write(tmp_path, {"000000": lines})
