@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from bevkd.data.instances import ImageDataset, ImageSample, ImageSource, collate_images
 from bevkd.geometry.masks import move_instances
+from bevkd.models.detector import channels_last
 from bevkd.models.segmenter import Segmenter
 from bevkd.progress import Progress
 from bevkd.types import Instances
@@ -123,6 +124,7 @@ def predict_instances(
         dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate_images
     )
     was_training = segmenter.training
+    channels_last(segmenter)
     segmenter.eval()
     found: dict[str, Instances] = {}
     with progress.task("predicting", len(source.tokens), "image") as task:

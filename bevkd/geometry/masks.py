@@ -60,12 +60,11 @@ def move_instances(
         size: height and width of the target images, beyond which nothing reaches; None means no limit.
     """
     moved, boxes, masks = [], [], []
-    matrices = target_from_source.double().cpu()
+    matrices = target_from_source.double().cpu()[instances.cameras.cpu()]
+    corners = instances.boxes.double().cpu().view(-1, 2, 2)
+    corners = corners @ matrices[:, :2, :2].mT + matrices[:, None, :2, 2]
     for index, mask in enumerate(instances.masks):
-        matrix = matrices[instances.cameras[index]]
-        corners = instances.boxes[index].double().cpu().view(2, 2)
-        x, y = (corners @ matrix[:2, :2].T + matrix[:2, 2]).T.tolist()
-        left, top, grid = pixel_grid((x[0], y[0], x[1], y[1]), size)
+        left, top, grid = pixel_grid(corners[index].flatten().tolist(), size)
         if not grid.numel():
             continue
         found = functional.grid_sample(
@@ -108,20 +107,6 @@ def _sampling(start: float, stop: float, limit: int | None) -> tuple[int, Float[
     end = end if limit is None else min(end, limit)
     centres = torch.arange(first, max(first, end), dtype=torch.float64) + 0.5
     return first, (2 * (centres - start) / (stop - start) - 1).float()
-
-
-def paste(instances: Instances, height: int, width: int) -> Bool[Tensor, "n H W"]:
-    """Return each mask in its whole image.
-
-    Args:
-        instances: with boxes of whole pixels and a mask value at each, as :func:`move_instances` returns them.
-        height, width: of the images.
-    """
-    canvas = torch.zeros(len(instances), height, width, dtype=torch.bool, device=instances.boxes.device)
-    for whole, mask, box in zip(canvas, instances.masks, instances.boxes.round().long().tolist(), strict=True):
-        left, top, right, bottom = box
-        whole[top:bottom, left:right] = mask
-    return canvas
 
 
 def gather_cameras(frames: Sequence[Instances], cameras: int) -> Instances:

@@ -25,7 +25,7 @@ from bevkd.data.instances import (
     open_images,
 )
 from bevkd.errors import DataError
-from bevkd.geometry.masks import paste
+from tests.geometry.kit import paste
 
 H, W = 90, 160
 COLORS = {"vehicle.car": (255, 0, 0), "human.pedestrian.adult": (0, 255, 0), "vehicle.ego": (0, 0, 255)}

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bevkd.data.images import ImageView
-from bevkd.geometry.masks import gather_cameras, move_instances, paste, split_cameras, tighten
+from bevkd.geometry.masks import gather_cameras, move_instances, split_cameras, tighten
 from bevkd.types import Instances
+from tests.geometry.kit import paste
 
 H, W = 24, 40
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bevkd.geometry.masks import move_instances, paste
+from bevkd.geometry.masks import move_instances
 from bevkd.models.instance_head import (
     InstanceHead,
     InstanceHeadConfig,
@@ -20,6 +20,7 @@ from bevkd.models.instance_head import (
     enlarged,
 )
 from bevkd.types import Instances
+from tests.geometry.kit import paste
 
 STRIDE, H, W = 4, 48, 64
 
