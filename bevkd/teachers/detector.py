@@ -72,7 +72,7 @@ class DetectorTeacher:
         self._detector = detector.to(device).eval()
         self._device, self._precision = device, precision
         rows_columns = self.grid.shape
-        tasks = len(detector.head.tasks)
+        tasks = len(detector.head.labels_of_task)
         fineness = getattr(detector.encoder, "fineness", 1)
         low = {"bev_low": (detector.encoder.out_channels, *rows_columns)} if fineness == 1 else {}
         self.absent: Mapping[str, str] = (

@@ -173,7 +173,7 @@ def test_a_submission_holds_the_best_500_boxes_and_the_devkit_reads_it(source: N
 
 
 @pytest.mark.parametrize(
-    ("column", "value", "message"), [(7, math.nan, "not finite"), (0, math.inf, "not finite"), (4, 0.0, "positive")]
+    ("column", "value", "message"), [(7, math.inf, "not finite"), (0, math.nan, "not finite"), (4, 0.0, "positive")]
 )
 def test_predictions_that_are_no_boxes_are_refused(
     source: NuScenesSource, column: int, value: float, message: str
@@ -230,3 +230,11 @@ def test_detections_must_answer_for_every_frame(source: NuScenesSource) -> None:
         nuscenes.evaluate(source, {source.tokens[0]: Boxes.empty()})
     with pytest.raises(ContractError, match="first 'elsewhere'"):
         nuscenes.evaluate(source, {"elsewhere": Boxes.empty()}, source.tokens[:1])
+
+
+def test_a_box_of_unknown_velocity_counts_as_standing(source: NuScenesSource) -> None:
+    boxes = known(source.annotations(source.tokens[0]))
+    boxes.values[:, 7:9] = math.nan
+    records = nuscenes.to_results(source, {source.tokens[0]: boxes})["results"][source.tokens[0]]
+    assert len(records) == len(boxes)
+    assert all(record["velocity"] == [0.0, 0.0] for record in records)
