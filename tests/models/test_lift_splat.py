@@ -124,14 +124,25 @@ def test_bins_that_end_before_they_start_are_refused() -> None:
 # ---------------------------------------------------------------------------------------------- geometry
 
 
-def test_the_frustum_of_a_published_image_has_the_published_shape() -> None:
-    # Pixels are the centres of feature cells; BEVDepth stretches the outer ones to the image's edges instead.
+def published(frustum: str) -> LiftSplatEncoder:
     three_stages = {"hidden_sizes": [4, 8, 8], "depths": [1, 1, 1], "out_features": ["stage1", "stage3"]}
     backbone = BackboneConfig(options={**BACKBONE.options, **three_stages})
-    model = encoder(backbone=backbone, image_height=256, image_width=704, stride=16, depth=DepthBins())
+    return encoder(backbone=backbone, image_height=256, image_width=704, stride=16, depth=DepthBins(), frustum=frustum)
+
+
+def test_the_frustum_of_bevdepth_ends_at_the_edges_of_the_image() -> None:
+    model = published("stretched")
     pixels = model._pixels(16, 44)
     cells = model._cells(_rays(pixels, K[None]), camera(0.0)[None])
     assert cells.shape == (1, 16 * 44, 112)
+    assert [*pixels[0].tolist(), model.depths[0].item()] == [0.0, 0.0, 2.0]
+    assert [*pixels[-1].tolist(), model.depths[-1].item()] == [703.0, 255.0, 57.5]
+    torch.testing.assert_close(pixels[:44, 0], torch.linspace(0, 703, 44))
+    torch.testing.assert_close(pixels[::44, 1], torch.linspace(0, 255, 16))
+
+
+def test_by_default_a_feature_cell_looks_from_its_centre() -> None:
+    pixels = published("centres")._pixels(16, 44)
     assert pixels[0].tolist() == [8.0, 8.0]
     assert pixels[-1].tolist() == [696.0, 248.0]
 

@@ -65,6 +65,8 @@ class Config(EncoderConfig):
         depth_net: ``plain`` is LSS's single layer, ``camera_aware`` BEVDepth's network.
         depth_weight: of the loss that compares depth with the LiDAR's in training; BEVDepth has 3, 0 switches it off.
         aggregation: refine the lifted features along depth, as BEVDepth does; costs the memory that the splat saves.
+        frustum: where a feature cell looks from: ``centres`` of the cells, or ``stretched`` so that the outer cells stand
+            on the image's edges, as LSS and BEVDepth have it; half a cell off there.
         key_frames: 2 adds the key frame before, whose map doubles the channels of ``bev_low``.
     """
 
@@ -80,6 +82,7 @@ class Config(EncoderConfig):
     depth_net: Literal["plain", "camera_aware"] = "plain"
     depth_weight: float = Field(default=0.0, ge=0)
     aggregation: bool = False
+    frustum: Literal["centres", "stretched"] = "centres"
     key_frames: Literal[1, 2] = 1
 
     @model_validator(mode="after")
@@ -171,7 +174,7 @@ class LiftSplatEncoder(nn.Module):
             cells = self._cells(rays, shot.bev_from_camera.flatten(0, 1)).view(B, N * H * W, -1)
             camera = shot.camera_vector()
         plane = rays[..., :2].permute(0, 2, 1).reshape(B * N, 2, H, W).to(feature.dtype)
-        logits, context = self.depth_net(feature, plane, camera.to(feature.dtype))
+        logits, context = self.depth_net(feature, plane, camera)
         depth = logits.float().softmax(dim=1)
         if self.aggregation is not None:
             lifted = self.aggregation((depth[:, None] * context[:, :, None]).to(context.dtype))
@@ -181,11 +184,15 @@ class LiftSplatEncoder(nn.Module):
         return splat(probability, content, cells, self.grid.shape), logits
 
     def _pixels(self, H: int, W: int) -> Float[Tensor, "P 2"]:
-        """Return the image position (u, v) of each feature cell's centre."""
-        v, u = torch.meshgrid(
-            torch.arange(H, device=self.depths.device), torch.arange(W, device=self.depths.device), indexing="ij"
-        )
-        return (torch.stack([u, v], dim=-1).reshape(-1, 2) + 0.5) * self.stride
+        """Return the image position (u, v) that each feature cell stands for."""
+        device = self.depths.device
+        if self.config.frustum == "stretched":
+            u = torch.linspace(0, W * self.stride - 1, W, device=device)
+            v = torch.linspace(0, H * self.stride - 1, H, device=device)
+        else:
+            u, v = ((torch.arange(cells, device=device) + 0.5) * self.stride for cells in (W, H))
+        rows, columns = torch.meshgrid(v, u, indexing="ij")
+        return torch.stack([columns, rows], dim=-1).reshape(-1, 2)
 
     def _cells(self, rays: Float[Tensor, "M P 3"], bev_from_camera: Float[Tensor, "M 4 4"]) -> Int[Tensor, "M P D"]:
         """Return the flat BEV cell of each pixel at each depth, -1 outside the grid's x, y and z range."""
