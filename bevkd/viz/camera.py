@@ -12,10 +12,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from bevkd.errors import DataError
-from bevkd.types import Boxes, Frame, Rig
+from bevkd.types import Boxes, Frame, Instances, Rig
 from bevkd.viz.image import font
 from bevkd.viz.projection import Segments, visible_edges, visible_points
-from bevkd.viz.style import DEPTH_COLORS, INK, PAPER, ROLE_COLORS, ROLE_NAMES, Role, ramp, rgb
+from bevkd.viz.style import CLASS_COLORS, DEPTH_COLORS, INK, PAPER, ROLE_COLORS, ROLE_NAMES, Role, ramp, rgb
 
 MOSAIC = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
 """Reading order of the nuScenes rig; other cameras follow in the order of their rig."""
@@ -29,6 +29,9 @@ OVERSAMPLE = 2
 MAX_DEPTH_M = 60.0
 BOLD_BOX_PX = 45 * OVERSAMPLE
 """Boxes lower than this on the canvas are drawn with thin lines."""
+
+_MASK_OPACITY = 150
+"""Of 255."""
 
 MIN_TAG_BOX_PX = 26
 """Boxes lower than this in their tile get no class name: it would hide them."""
@@ -55,6 +58,7 @@ def draw_cameras(
     classes: Sequence[str],
     *,
     points: Float[Tensor, "P c"] | None = None,
+    instances: Instances | None = None,
     min_score: float = 0.0,
     tags: bool = True,
     legend: bool = True,
@@ -70,6 +74,7 @@ def draw_cameras(
         boxes: boxes of each role in the BEV frame; later roles are drawn over earlier ones.
         classes: names of the labels.
         points: x, y, z in the BEV frame (m), further columns ignored; coloured by depth when given.
+        instances: in pixels of these images; their masks are filled with the colour of their class.
         min_score: boxes below this score are left out.
         tags: whether to write class names.
         legend: whether to add a line with the roles' colours.
@@ -80,10 +85,14 @@ def draw_cameras(
     """
     if frame.images is None or frame.rig is None:
         raise DataError(f"frame '{frame.token}' was loaded without cameras. Load it with sensors={{'camera'}}.")
-    tiles = [_tile(frame.images, frame.rig, camera, tile_width_px) for camera in reading_order(frame.rig.names)]
-    for tile in tiles:
+    order = reading_order(frame.rig.names)
+    tiles = [_tile(frame.images, frame.rig, camera, tile_width_px) for camera in order]
+    for camera, tile in zip(order, tiles, strict=True):
         if points is not None:
             _draw_points(tile, points)
+        if instances is not None:
+            own = (instances.cameras.cpu() == camera) & (instances.scores.cpu() >= min_score)
+            _draw_instances(tile, instances[own.nonzero().squeeze(1)], classes, frame.images.shape[-1], tags)
         for position, (role, all_boxes) in enumerate(boxes.items()):
             shown = all_boxes.to("cpu")[all_boxes.scores.cpu() >= min_score]
             segments = tile.edges(shown)
@@ -130,6 +139,31 @@ def _draw_points(tile: _Tile, points: Float[Tensor, "P c"]) -> None:
             column = (pixel[:, 0] + right).clip(0, canvas.shape[1] - 1)
             canvas[row, column] = shade
     tile.canvas.paste(Image.fromarray(canvas))
+
+
+def _draw_instances(tile: _Tile, instances: Instances, classes: Sequence[str], width: int, tags: bool) -> None:
+    """Fill masks, low scores before high ones, and write the class of those that are large enough.
+
+    Args:
+        width: of the image that the boxes speak of, pixels.
+    """
+    scale = tile.canvas.width / width
+    pen = ImageDraw.Draw(tile.canvas)
+    for index in instances.scores.argsort().tolist():
+        box = (instances.boxes[index] * scale).round().int().tolist()
+        left, top, right, bottom = box
+        if right <= left or bottom <= top:
+            continue
+        label = int(instances.labels[index])
+        color = rgb(CLASS_COLORS[label % len(CLASS_COLORS)])
+        mask = Image.fromarray(instances.masks[index].cpu().numpy().astype(np.uint8) * _MASK_OPACITY)
+        tile.canvas.paste(color, (left, top), mask.resize((right - left, bottom - top), Image.Resampling.BILINEAR))
+        pen.rectangle(box, outline=color, width=OVERSAMPLE)
+        if tags and bottom - top >= MIN_TAG_BOX_PX * OVERSAMPLE:
+            text = f"{classes[label]} {float(instances.scores[index]):.2f}"
+            pen.text(
+                (left + 2, top), text, fill=rgb(PAPER), font=font(10 * OVERSAMPLE), stroke_width=2, stroke_fill=rgb(INK)
+            )
 
 
 def _draw_edges(tile: _Tile, segments: Segments, role: Role, boxes: Boxes) -> None:

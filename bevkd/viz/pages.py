@@ -76,7 +76,7 @@ def frame_page(
 ) -> Image.Image:
     """Return one page with everything known about a frame.
 
-    Cameras with LiDAR points, bird's-eye view, both with annotations and teacher boxes; energy of ``bev_low`` and
+    Cameras with LiDAR points, or with the teacher's masks, bird's-eye view, both with annotations and teacher boxes; energy of ``bev_low`` and
     ``bev_high``, the heatmap's highest class and boxes per class. What is absent is left out.
 
     Args:
@@ -92,7 +92,12 @@ def frame_page(
         boxes["teacher"] = teacher[teacher.scores >= header.min_score]
     parts: list[Picture] = [_header(frame, header, boxes)]
     if frame.images is not None and frame.rig is not None:
-        parts.append(draw_cameras(frame, boxes, classes, points=frame.points))
+        if signals is not None and signals.instances is not None:
+            # Boxes and points would hide the masks.
+            masks = signals.instances[row]
+            parts.append(draw_cameras(frame, {}, classes, instances=masks, min_score=header.min_score, legend=False))
+        else:
+            parts.append(draw_cameras(frame, boxes, classes, points=frame.points))
     parts.append(_ground(frame, grid, classes, boxes, signals, row))
     return stack(parts, gap_px=14, margin_px=MARGIN_PX)
 

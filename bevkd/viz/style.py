@@ -22,6 +22,11 @@ ROLE_NAMES: dict[Role, str] = {
     "distilled": "Distilled student",
 }
 
+CLASS_COLORS = (
+    "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#8C6BB1", "#41AE76", "#B15928",
+)  # fmt: skip
+"""Fill of the masks of each class, in the order of the classes; later classes begin again."""
+
 PAPER = "#FFFFFF"
 INK = "#1F2430"
 MUTED = "#6B7280"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bevkd.errors import DataError
-from bevkd.types import Boxes
+from bevkd.types import Boxes, Instances
 from bevkd.viz import draw_cameras
 from bevkd.viz.camera import MOSAIC, reading_order
 from bevkd.viz.style import DEPTH_COLORS, PAPER, ROLE_COLORS
@@ -95,3 +95,31 @@ def test_the_legend_names_each_role_with_its_colour() -> None:
 def test_a_frame_without_cameras_says_how_to_load_them() -> None:
     with pytest.raises(DataError, match=r"frame 'abc' was loaded without cameras.*sensors=\{'camera'\}"):
         draw_cameras(frame(images=None), {}, CLASSES)
+
+
+def masked(score: float = 0.9) -> Instances:
+    """Return one instance of the second class in the second camera: the upper half of a box of 40 x 20 pixels."""
+    mask = torch.zeros(20, 40, dtype=torch.bool)
+    mask[:10] = True
+    box = torch.tensor([[20.0, 30.0, 60.0, 50.0]])
+    return Instances(torch.tensor([1]), box, torch.tensor([1]), torch.tensor([score]), (mask,))
+
+
+def test_a_mask_is_filled_in_its_camera_where_it_is() -> None:
+    two = frame(("CAM_FRONT_LEFT", "CAM_FRONT"))
+    plain = np.asarray(draw_cameras(two, {}, CLASSES, **BARE)).astype(int)
+    drawn = np.asarray(draw_cameras(two, {}, CLASSES, instances=masked(), **BARE)).astype(int)
+    rows, columns = np.nonzero(np.abs(drawn - plain).sum(axis=2) > 60)
+    own = columns - plain.shape[1] // 2
+    filled = (rows >= 31) & (rows < 39)
+    assert abs(own.min() - 20) <= 4
+    assert abs(own.max() - 60) <= 4
+    assert set(range(32, 38)) <= set(rows[filled].tolist())
+    inside = (rows > 42) & (rows < 48) & (own > 24) & (own < 54)
+    assert not inside.any()
+
+
+def test_masks_below_the_score_are_left_out() -> None:
+    two = frame(("CAM_FRONT_LEFT", "CAM_FRONT"))
+    weak = draw_cameras(two, {}, CLASSES, instances=masked(0.2), min_score=0.3, **BARE)
+    assert weak.tobytes() == draw_cameras(two, {}, CLASSES, **BARE).tobytes()

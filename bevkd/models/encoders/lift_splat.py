@@ -65,8 +65,8 @@ class Config(EncoderConfig):
         depth_net: ``plain`` is LSS's single layer, ``camera_aware`` BEVDepth's network.
         depth_weight: of the loss that compares depth with the LiDAR's in training; BEVDepth has 3, 0 switches it off.
         aggregation: refine the lifted features along depth, as BEVDepth does; costs the memory that the splat saves.
-        frustum: where a feature cell looks from: ``centres`` of the cells, or ``stretched`` so that the outer cells stand
-            on the image's edges, as LSS and BEVDepth have it; half a cell off there.
+        frustum: where feature cells look from: their ``centres``, or ``stretched`` so that the outer ones stand on the
+            image's edges, as LSS and BEVDepth have it; half a cell off there.
         key_frames: 2 adds the key frame before, whose map doubles the channels of ``bev_low``.
     """
 
