@@ -76,8 +76,8 @@ def frame_page(
 ) -> Image.Image:
     """Return one page with everything known about a frame.
 
-    Cameras with LiDAR points, or with the teacher's masks, bird's-eye view, both with annotations and teacher boxes; energy of ``bev_low`` and
-    ``bev_high``, the heatmap's highest class and boxes per class. What is absent is left out.
+    Cameras with LiDAR points, annotations and teacher boxes, or with the teacher's masks; bird's-eye view; energy of
+    ``bev_low`` and ``bev_high``, the heatmap's highest class and boxes per class. What is absent is left out.
 
     Args:
         frame: images, rig, points and boxes are optional.
