@@ -202,3 +202,10 @@ def test_cache_teacher_and_cache_info_show_it(bevkd: Bevkd, synthetic: Synthetic
     assert told["self_check"]["noise"] is True
     assert set(told["self_check"]["scores"]) == {"mAP", "NDS", "mean AP"}
     assert "score like noise" in bevkd.well("cache", "info", synthetic.cache, "--json").json["self-check"]
+
+
+@pytest.mark.parametrize(("frames", "told"), [(5, True), (500, False)])
+def test_few_frames_are_an_excuse(frames: int, told: bool) -> None:
+    check = SelfCheck(scores={"mAP": 0.0}, frames=frames)
+    assert ("On so few frames" in check.text) is told
+    assert "score like noise" in check.text
