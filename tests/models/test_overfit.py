@@ -30,7 +30,7 @@ ONE_KEY_FRAME = ["detector.encoder.key_frames=1", "detector.encoder.aggregation=
 CASES = {
     "nuscenes_teacher": ([NEAR], 60),
     "nuscenes_pillar": ([NEAR_8], 60),
-    "nuscenes_student": ([NEAR], 80),
+    "nuscenes_student": ([NEAR], 60),
     "nuscenes_bevdepth": ([NEAR_8, *ONE_KEY_FRAME], 80),
     "nuscenes_fusion": ([NEAR], 60),
 }
