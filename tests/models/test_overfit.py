@@ -32,8 +32,8 @@ ONE_KEY_FRAME = ["detector.encoder.key_frames=1", "detector.encoder.aggregation=
 CASES = {
     "nuscenes_teacher": ([NEAR], 60),
     "nuscenes_pillar": ([NEAR_8], 60),
-    "nuscenes_student": ([NEAR, *SMALL], 60),
-    "nuscenes_bevdepth": ([NEAR_8, *SMALL, *ONE_KEY_FRAME], 60),
+    "nuscenes_student": ([NEAR, *SMALL], 90),
+    "nuscenes_bevdepth": ([NEAR_8, *SMALL, *ONE_KEY_FRAME], 90),
     "nuscenes_fusion": ([NEAR, *SMALL_FUSION], 60),
 }
 FRAMES = (("v1.0-mini", "mini_train", "scene-0061"), ("v1.0-trainval", "val", "scene-0003"))
