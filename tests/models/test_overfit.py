@@ -16,6 +16,7 @@ from bevkd.data.collate import Batch, collate
 from bevkd.data.join import TrainingDataset, View
 from bevkd.data.sampler import FrameOrder
 from bevkd.models.detector import Detector, channels_last, view_of
+from bevkd.models.heads.center import NoNMS
 from bevkd.types import Boxes, Frame
 from bevkd.viz.camera import draw_cameras
 from pipeline.parts import open_source
@@ -92,10 +93,14 @@ def test_two_real_frames_are_learned_by_heart(name: str, real_data: Path, tmp_pa
         history.append({key: round(value.item(), 4) for key, value in terms.items()})
         _keep(f"{name}.json", json.dumps(history).encode())
     # Batch norm sees both frames in training; its running statistics have not settled after so few steps.
-    found = detector.head.decode(detector(batch).head)
+    output = detector(batch).head
+    found = detector.head.decode(output)
+    # Barriers stand closer to each other than suppression allows; what was learned shows without it.
+    detector.head.config = detector.head.config.model_copy(update={"nms": NoNMS(), "max_boxes": 500})
+    everything = detector.head.decode(output)
     reach = recipe.detector.grid.x_m[1] - 1
     wanted = [inside(boxes, reach) for boxes in batch.boxes]
-    misses = sum(missed(each, known) for each, known in zip(found, wanted, strict=True))
+    misses = sum(missed(each, known) for each, known in zip(everything, wanted, strict=True))
     total = sum(map(len, wanted))
     for frame, boxes, known in zip(frames, found, wanted, strict=True):
         picture = draw_cameras(frame, {"ground_truth": known, "student": boxes}, detector.classes, min_score=0.3)
