@@ -88,8 +88,10 @@ def _build(
         built = registry.load("bevkd.distill", loss.name).build(loss, DistillContext(detector, shapes))
         losses.append((loss.name, loss.teacher, built))
     caches = {cache: (readers[cache], signals) for cache, signals in _signals(distill).items()}
-    shuffle = block_shuffle(caches, distill.local_copy.max_gb)
-    return Distillation(caches, losses, distill.frames == "all", shuffle, _depth_cache(recipe, readers))
+    depth = _depth_cache(recipe, readers)
+    read = {**caches, "the depth of the LiDAR": (depth, ("lidar_depth",))} if depth else caches
+    shuffle = block_shuffle(read, distill.local_copy.max_gb)
+    return Distillation(caches, losses, distill.frames == "all", shuffle, depth)
 
 
 def with_caches(recipe: StudentRecipe, caches: Mapping[str, str]) -> StudentRecipe:

@@ -105,8 +105,13 @@ def train(
     held_out = open_evaluation(evaluation, detector, progress) if evaluation else None
     readers = {name: reader for name, (reader, _) in distillation.caches.items()}
     objective = Objective(detector, distillation.losses, readers)
-    used = {name: reader.manifest.name for name, reader in readers.items()}
-    trainer, step = open_run(objective, recipe, {"classes": detector.classes, "caches": used}, run, resume, device)
+    facts: dict[str, object] = {
+        "classes": detector.classes,
+        "caches": {name: reader.manifest.name for name, reader in readers.items()},
+    }
+    if distillation.depth:
+        facts["lidar_depth"] = distillation.depth.manifest.name
+    trainer, step = open_run(objective, recipe, facts, run, resume, device)
     known = f"{len(labelled)} labelled" + (f" and {len(unlabelled)} unlabelled" if unlabelled else "")
     progress.note(f"{known} frames" + (f", resuming at step {step}" if step else ""))
     if distillation.shuffle:

@@ -160,6 +160,8 @@ def _large_ms(detector: Detector, batch: Batch, rounds: int, device: torch.devic
 
 def _load(job: Job) -> CacheRecipe | StudentRecipe:
     path = find(job.recipe)
+    if not {"detector", "teacher"} & set(read_yaml(path)):
+        raise _no_detector(job.recipe)
     model: type[CacheRecipe | StudentRecipe] = CacheRecipe if "teacher" in read_yaml(path) else StudentRecipe
     return load(model, path, job.overrides)
 
@@ -167,8 +169,12 @@ def _load(job: Job) -> CacheRecipe | StudentRecipe:
 def _detector_of(recipe: CacheRecipe | StudentRecipe, name: str) -> DetectorConfig:
     config = recipe.detector if isinstance(recipe, StudentRecipe) else getattr(recipe.teacher, "detector", None)
     if config is None:
-        raise ConfigError(f"recipe '{name}' describes no detector. Give one with 'detector' or 'teacher.detector'.")
+        raise _no_detector(name)
     return config
+
+
+def _no_detector(name: str) -> ConfigError:
+    return ConfigError(f"recipe '{name}' describes no detector. Give one with 'detector' or 'teacher.detector'.")
 
 
 def _source(recipe: CacheRecipe | StudentRecipe, config: DetectorConfig, data: bool) -> FrameSource:

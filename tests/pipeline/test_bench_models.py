@@ -145,3 +145,9 @@ def test_the_naive_form_is_the_sum_over_pixels_and_depths() -> None:
             expected[cells[0, pixel, column]] += depth[0, pixel, column] * context[0, pixel]
     bev = lift_splat.naive_splat(depth, context, cells, (2, 2))
     torch.testing.assert_close(bev[0].flatten(1).T, expected)
+
+
+def test_a_recipe_of_a_segmenter_has_no_detector_to_measure(bevkd: Bevkd) -> None:
+    outcome = bevkd("bench", "models", "world_segmenter")
+    assert outcome.code == 1
+    assert "describes no detector" in " ".join(outcome.err.split())

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
+from bevkd.cache.reader import CacheReader
 from tests.pipeline import kit
 from tests.pipeline.kit import Bevkd
 
@@ -65,3 +67,13 @@ def test_a_depth_cache_of_other_frames_is_refused_before_training(bevkd: Bevkd, 
     outcome = bevkd("train-student", recipe, "--out", tmp_path / "run")
     assert outcome.code == 1
     assert "samples are not in the cache" in " ".join(outcome.err.split())
+
+
+def test_the_weights_name_the_cache_that_their_depth_came_from(
+    bevkd: Bevkd, world: Path, depth_cache: Path, tmp_path: Path
+) -> None:
+    recipe = student(world, tmp_path / "student.yaml", distill={"caches": {"depth": str(depth_cache)}})
+    bevkd.well("train-student", recipe, "--out", tmp_path / "run")
+    with safe_open(tmp_path / "run" / "model.safetensors", "pt") as file:
+        facts = json.loads(file.metadata()["bevkd"])
+    assert facts["lidar_depth"] == CacheReader.open(depth_cache).manifest.name
