@@ -110,6 +110,7 @@ _MAY_DIFFER = frozenset(
         "data.index_dir",
         "evaluation.data.root",
         "evaluation.data.index_dir",
+        "initial.run",
         "training.workers",
         "training.checkpoint_every",
         "training.keep",

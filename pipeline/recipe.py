@@ -36,18 +36,36 @@ class EvaluationConfig(StrictModel):
     batch_size: int = Field(4, gt=0)
 
 
+class InitialConfig(StrictModel):
+    """An earlier run whose weights a detector starts from.
+
+    Channels of a narrower detector take over evenly spread ones of the wider. What fits not stays random, and is named.
+
+    Attributes:
+        run: folder of ``train-teacher`` or ``train-student``.
+        parts: which parts of the detector.
+    """
+
+    run: Path
+    parts: tuple[Literal["encoder", "bev_encoder", "head"], ...] = Field(
+        default=("encoder", "bev_encoder", "head"), min_length=1
+    )
+
+
 class TrainRecipe(StrictModel):
     """Of ``train-teacher``, and the common part of ``train-student``.
 
     Attributes:
         data: frames to train on; ``data.labels`` hides the labels of the others.
         evaluation: None skips the evaluation at the end.
+        initial: None starts from random weights, beside those of ``backbone.weights``.
         device: e.g. ``cpu`` or ``cuda``; None takes a GPU if there is one.
     """
 
     data: Source  # type: ignore[valid-type]
     evaluation: EvaluationConfig | None = None
     detector: DetectorConfig
+    initial: InitialConfig | None = None
     augment: AugmentConfig = AugmentConfig()
     training: TrainingConfig
     device: str | None = None

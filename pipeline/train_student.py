@@ -26,7 +26,7 @@ def train_student(recipe: StudentRecipe, run: Path, resume: bool, progress: Prog
     readers = open_caches(recipe.distill.caches, recipe.distill.local_copy) if recipe.distill else {}
     depth = _depth_cache(recipe, readers)
     source = open_source(recipe.data, loaded_sensors(recipe.detector, depth is not None), progress)
-    detector = seeded_detector(recipe)
+    detector = seeded_detector(recipe, progress)
     if recipe.distill:
         faults = _faults(recipe, recipe.distill, source, detector, readers)
         advice = "Change the recipe to what the cache has, or write a cache that has what is wanted"

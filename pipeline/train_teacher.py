@@ -16,4 +16,4 @@ def train_teacher(recipe: TrainRecipe | SegmenterRecipe, run: Path, resume: bool
     if isinstance(recipe, SegmenterRecipe):
         return train_segmenter(recipe, run, resume, progress)
     source = open_source(recipe.data, recipe.detector.training_sensors, progress)
-    return train(recipe, source, seeded_detector(recipe), PLAIN, run, resume, progress)
+    return train(recipe, source, seeded_detector(recipe, progress), PLAIN, run, resume, progress)

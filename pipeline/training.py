@@ -19,12 +19,13 @@ from bevkd.distill.base import DistillLoss
 from bevkd.errors import ContractError
 from bevkd.evaluation.score import Report
 from bevkd.models.detector import Detector, DetectorConfig, view_of
-from bevkd.progress import Progress
+from bevkd.progress import Progress, Silent
 from bevkd.training.checkpoint import write_atomic
 from bevkd.training.config import TrainingConfig
 from bevkd.training.loop import Trainer, TrainingResult
 from bevkd.training.objective import Objective, SegmenterObjective
 from pipeline.evaluate import evaluate_detector, open_evaluation
+from pipeline.initial import initialise
 from pipeline.parts import check_files, choose_device, is_main_process, prepare_run
 from pipeline.recipe import SegmenterRecipe, TrainRecipe
 
@@ -165,7 +166,10 @@ def seed(config: TrainingConfig) -> None:
     torch.manual_seed(config.seed)
 
 
-def seeded_detector(recipe: TrainRecipe) -> Detector:
-    """Return the recipe's detector with weights drawn from its seed alone; also sets the process's threads."""
+def seeded_detector(recipe: TrainRecipe, progress: Progress | None = None) -> Detector:
+    """Return the recipe's detector: weights drawn from its seed alone, or from ``initial``; sets threads, too."""
     seed(recipe.training)
-    return Detector(recipe.detector, tuple(recipe.data.classes))
+    detector = Detector(recipe.detector, tuple(recipe.data.classes))
+    if recipe.initial:
+        initialise(detector, recipe.initial, progress or Silent())
+    return detector
