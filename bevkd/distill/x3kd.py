@@ -1,52 +1,86 @@
-"""X3KD (arXiv 2303.02203): cross-modal output distillation, X-OD.
+"""X3KD (arXiv 2303.02203): output (X-OD), feature (X-FD) and adversarial (X-AT) distillation across modalities.
 
 The paper has no public code and states no weights: every constant is a setting, the defaults are ours.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional
 
 from bevkd.data.collate import Batch
 from bevkd.distill.base import DistillContext, DistillLoss, DistillLossConfig, TeacherBatch
+from bevkd.models.bev_encoder import conv_bn_relu
 from bevkd.models.detector import DetectorOutput
-from bevkd.models.heads.center import CenterHead, gather_codes, gaussian_focal_loss
+from bevkd.models.heads.center import CenterHead, gather_codes, gaussian_focal_loss, quality_focal_loss
 
 
 class Config(DistillLossConfig):
-    """Which terms of X3KD to use, and how strongly.
+    """Which terms of X3KD to use, and how strongly; zero switches a term off and drops its signals.
 
     Attributes:
         output: weight of X-OD.
         score: the teacher's boxes above it are targets.
+        heatmap: ``gaussian`` draws the boxes and learns them by focal loss, ``quality`` learns the teacher's
+            probabilities in all cells by quality focal loss, as CRKD (arXiv 2403.19104) does.
         box: weight of the box term beside the heatmap term.
+        feature: weight of X-FD.
+        feature_distance: of predicted and cached features.
+        empty: weight of the cells where the teacher's sparse map is empty, beside 1 for the others.
+        decoder_channels: width of the decoder that predicts the teacher's features.
+        adversarial: weight of X-AT; the paper's remedy for unstable training is to keep it small.
+        discriminator_channels: width of the network that tells the modalities apart.
+        reversal: factor of the reversed gradient.
+        ramp: batches over which ``reversal`` rises from 0 as in DANN (arXiv 1505.07818, section 5.2.2); 0 has none.
     """
 
     name: Literal["x3kd"] = "x3kd"
-    output: float = Field(1.0, ge=0)
-    score: float = Field(0.3, ge=0, lt=1)
-    box: float = Field(0.25, ge=0)
+    output: float = Field(default=1.0, ge=0)
+    score: float = Field(default=0.3, ge=0, lt=1)
+    heatmap: Literal["gaussian", "quality"] = "gaussian"
+    box: float = Field(default=0.25, ge=0)
+    feature: float = Field(default=0.0, ge=0)
+    feature_distance: Literal["l1", "smooth_l1", "l2"] = "l1"
+    empty: float = Field(default=0.0, ge=0)
+    decoder_channels: int = Field(default=128, gt=0)
+    adversarial: float = Field(default=0.0, ge=0)
+    discriminator_channels: int = Field(default=64, gt=0)
+    reversal: float = Field(default=1.0, ge=0)
+    ramp: int = Field(default=0, ge=0)
 
     def signals(self) -> tuple[str, ...]:
         """Return the signals that the terms with a weight read."""
-        return ("boxes",) if self.output > 0 else ()
+        needed = {
+            "boxes": self.output > 0,
+            "heatmap": self.output > 0 and self.heatmap == "quality",
+            "bev_low": self.feature > 0,
+            "bev_high": self.adversarial > 0,
+        }
+        return tuple(name for name, wanted in needed.items() if wanted)
 
     def misfits(self, context: DistillContext) -> list[str]:
-        """Return why this student cannot learn from teacher boxes by heatmaps."""
-        if self.output == 0 or isinstance(context.student.head, CenterHead):
-            return []
-        return ["X-OD turns teacher boxes into heatmaps: give the student the head 'center', or set output: 0"]
+        """Return why this student cannot learn from this teacher."""
+        faults = []
+        if self.output > 0 and not isinstance(context.student.head, CenterHead):
+            faults.append(
+                "X-OD turns teacher boxes into heatmaps: give the student the head 'center', or set output: 0"
+            )
+        if self.feature > 0 and getattr(context.student.encoder, "fineness", 1) > 1:
+            faults.append("bev_low of the student's pillars is finer than the grid: set feature: 0")
+        return faults
 
 
 class OutputDistillation(nn.Module):
     """X-OD: the teacher's confident boxes as targets, on every frame, labelled or not.
 
-    Gaussian focal loss on heatmaps drawn from the boxes, plus a smooth-L1 loss on the box codes that weighs each box
-    with the teacher's confidence.
+    Focal loss on heatmaps drawn from the boxes, or on the teacher's own, plus a smooth-L1 loss on the box codes that
+    weighs each box with the teacher's confidence.
     """
 
     def __init__(self, config: Config, head: CenterHead) -> None:
@@ -55,15 +89,19 @@ class OutputDistillation(nn.Module):
         # In a tuple, so that the head's parameters do not become this module's.
         self._head = (head,)
 
-    def forward(self, student: DetectorOutput, teacher: TeacherBatch, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: DetectorOutput, teacher: TeacherBatch) -> dict[str, Tensor]:
         """Return ``output_heatmap`` and ``output_box``, weighted."""
-        del batch
         head, config = self._head[0], self.config
         boxes = tuple(each[each.scores > config.score] for each in teacher.boxes)
         targets = head.targets(boxes, weights=[each.scores for each in boxes])
         heatmap = student.head.heatmap.new_zeros((), dtype=torch.float32)
-        for labels in head.labels_of_task:
-            heatmap = heatmap + gaussian_focal_loss(student.head.heatmap[:, labels], targets.heatmap[:, labels])
+        if config.heatmap == "quality":
+            soft, covered = teacher.warped("heatmap")
+            errors = torch.where(covered, quality_focal_loss(student.head.heatmap, soft.float().sigmoid()), 0.0)
+            heatmap = errors.sum() / max(len(targets.cells), 1)
+        else:
+            for labels in head.labels_of_task:
+                heatmap = heatmap + gaussian_focal_loss(student.head.heatmap[:, labels], targets.heatmap[:, labels])
         codes = gather_codes(student.head.box_code, targets.cells).float()
         known = ~targets.codes.isnan()
         error = nn.functional.smooth_l1_loss(codes, torch.where(known, targets.codes, codes.detach()), reduction="none")
@@ -72,6 +110,151 @@ class OutputDistillation(nn.Module):
         return {"output_heatmap": config.output * heatmap, "output_box": config.output * config.box * box}
 
 
+class FeatureDistillation(nn.Module):
+    """X-FD: a small decoder predicts the teacher's sparse features from the student's; it is not part of the student.
+
+    Args:
+        own, theirs: channels of ``bev_low`` of student and teacher.
+    """
+
+    def __init__(self, config: Config, own: int, theirs: int) -> None:
+        super().__init__()
+        self.config, width = config, config.decoder_channels
+        self.decoder = nn.Sequential(
+            *conv_bn_relu(own, width, 3), *conv_bn_relu(width, width, 3), nn.Conv2d(width, theirs, 1)
+        )
+
+    def forward(self, student: DetectorOutput, teacher: TeacherBatch) -> dict[str, Tensor]:
+        """Return ``feature``, weighted."""
+        target, covered = teacher.warped("bev_low")
+        predicted = self.decoder(student.bev_low.float())
+        loss = sparse_distance(predicted, target.float(), covered, self.config.feature_distance, self.config.empty)
+        return {"feature": self.config.feature * loss}
+
+
+def sparse_distance(
+    predicted: Float[Tensor, "B C Y X"],
+    target: Float[Tensor, "B C Y X"],
+    covered: Bool[Tensor, "B 1 Y X"],
+    distance: Literal["l1", "smooth_l1", "l2"],
+    empty: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Return the mean distance to a sparse map over its occupied cells and, with weight ``empty``, the others.
+
+    Args:
+        covered: cells where the target means something at all.
+    """
+    functions = {"l1": functional.l1_loss, "smooth_l1": functional.smooth_l1_loss, "l2": functional.mse_loss}
+    occupied = (target != 0).any(dim=1, keepdim=True)
+    weights = torch.where(occupied, 1.0, empty) * covered
+    error = functions[distance](predicted, torch.where(covered, target, 0.0), reduction="none")
+    return (error.mean(dim=1, keepdim=True) * weights).sum() / weights.sum().clamp(min=1e-6)
+
+
+class _Reversal(torch.autograd.Function):
+    """The identity whose gradient is turned round (arXiv 1409.7495, equations 15 and 16)."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, factor: float) -> Tensor:
+        """Return ``values``."""
+        ctx.factor = factor
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient times ``-factor``."""
+        return -ctx.factor * gradients[0], None
+
+
+def reverse_gradient(values: Tensor, factor: float) -> Tensor:
+    """Return ``values``; their gradient arrives multiplied by ``-factor``."""
+    reversed_: Tensor = _Reversal.apply(values, factor)  # type: ignore[no-untyped-call]
+    return reversed_
+
+
+class AdversarialTraining(nn.Module):
+    """X-AT: a network learns to tell the student's features from the teacher's, and the student to mislead it.
+
+    It judges cell by cell. Without normalisation, which would tell it whose batch it sees.
+
+    Args:
+        own, theirs: channels of ``bev_high`` of student and teacher; if they differ, the student's are brought to the
+            teacher's by a convolution that is part of the judge.
+    """
+
+    batches: Tensor
+
+    def __init__(self, config: Config, own: int, theirs: int) -> None:
+        super().__init__()
+        self.config, width = config, config.discriminator_channels
+        self.stem = nn.Identity() if own == theirs else nn.Conv2d(own, theirs, 1)
+        self.judge = nn.Sequential(
+            nn.Conv2d(theirs, width, 3, padding=1),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(width, 1, 1),
+        )
+        # In checkpoints, so that a resumed run goes on with the same factor.
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        self._seen: int | None = None
+
+    def forward(self, student: DetectorOutput, teacher: TeacherBatch) -> dict[str, Tensor]:
+        """Return ``adversarial``, weighted."""
+        target, covered = teacher.warped("bev_high")
+        own = reverse_gradient(student.bev_high.float(), self._factor())
+        judged = self.judge(self.stem(own)), self.judge(target.float())
+        return {"adversarial": self.config.adversarial * adversarial_loss(*judged, covered)}
+
+    def _factor(self) -> float:
+        """Return the factor of the reversed gradient for this batch, and count it."""
+        config = self.config
+        if self._seen is None:
+            self._seen = int(self.batches)  # asked once: it lies on the device
+        done, self._seen = self._seen, self._seen + self.training
+        self.batches.fill_(self._seen)
+        if config.ramp == 0:
+            return config.reversal
+        return config.reversal * (2 / (1 + math.exp(-10 * min(done / config.ramp, 1.0))) - 1)
+
+
+def adversarial_loss(
+    student: Float[Tensor, "B 1 Y X"], teacher: Float[Tensor, "B 1 Y X"], covered: Bool[Tensor, "B 1 Y X"]
+) -> Float[Tensor, ""]:
+    """Return the binary cross entropies of both judgements, meaned over the cells that the teacher covers.
+
+    Args:
+        student, teacher: logits of being the teacher's.
+    """
+    both = functional.softplus(student) + functional.softplus(-teacher)
+    return torch.where(covered, both, 0.0).sum() / covered.sum().clamp(min=1)
+
+
+class X3KD(nn.Module):
+    """The terms that have a weight."""
+
+    def __init__(self, config: Config, context: DistillContext) -> None:
+        super().__init__()
+        parts: dict[str, nn.Module] = {}
+        if config.output > 0:
+            parts["output"] = OutputDistillation(config, context.student.head)
+        if config.feature > 0:
+            channels = context.channels("bev_low"), context.teacher_channels("bev_low")
+            parts["feature"] = FeatureDistillation(config, *channels)
+        if config.adversarial > 0:
+            channels = context.channels("bev_high"), context.teacher_channels("bev_high")
+            parts["adversarial"] = AdversarialTraining(config, *channels)
+        self.parts = nn.ModuleDict(parts)
+
+    def forward(self, student: DetectorOutput, teacher: TeacherBatch, batch: Batch) -> dict[str, Tensor]:
+        """Return the weighted terms by name."""
+        del batch
+        terms: dict[str, Tensor] = {}
+        for part in self.parts.values():
+            terms |= part(student, teacher)
+        return terms
+
+
 def build(config: Config, context: DistillContext) -> DistillLoss:
     """Return the loss for a student and a cache."""
-    return OutputDistillation(config, context.student.head)
+    return X3KD(config, context)

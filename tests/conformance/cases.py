@@ -107,8 +107,11 @@ TEACHERS: Mapping[str, Callable[[Path], dict[str, Any]]] = {
 """By teacher, what its config is, given a folder for the files that it needs."""
 
 LOSSES: Mapping[str, tuple[dict[str, Any], ...]] = {
-    "x3kd": ({"score": 0.1},),
+    "soft": ({},),
+    "x3kd": ({"score": 0.1}, {"heatmap": "quality"}, {"feature": 1.0, "empty": 0.1, "adversarial": 0.1, "ramp": 10}),
     "unidistill": ({}, {"adapter": True, "pseudo_score": 0.3}, {"source": "points"}),
+    "rdd": ({}, {"region": "box", "box": True, "rule": "soft"}, {"rule": "topk", "logit_region": "peak"}),
+    "itkd": ({}, {"variant": "paper", "code": 4}),
 }
 
 SOURCES: Mapping[str, SourceCase] = {

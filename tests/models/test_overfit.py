@@ -35,7 +35,7 @@ CASES = {
     "nuscenes_pillar": ([NEAR_8], 60),
     "nuscenes_student": ([NEAR, *SMALL], 90),
     "nuscenes_bevdepth": ([NEAR_8, *SMALL, *ONE_KEY_FRAME], 90),
-    "nuscenes_fusion": ([NEAR, *SMALL_FUSION], 60),
+    "nuscenes_fusion": ([NEAR, *SMALL_FUSION], 150),
 }
 FRAMES = (("v1.0-mini", "mini_train", "scene-0061"), ("v1.0-trainval", "val", "scene-0003"))
 

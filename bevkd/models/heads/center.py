@@ -169,6 +169,20 @@ def gaussian_focal_loss(logits: Float[Tensor, "B K Y X"], target: Float[Tensor, 
     return -(at_peaks + elsewhere).sum() / peak.sum().clamp(min=1)
 
 
+def quality_focal_loss(
+    logits: Float[Tensor, "*n"], target: Float[Tensor, "*n"], beta: float = 2.0
+) -> Float[Tensor, "*n"]:
+    """Return ``|p - q|^beta BCE(p, q)`` of each value (arXiv 2006.04388, equation 6), in float32.
+
+    Args:
+        logits: of the probabilities p.
+        target: any probabilities q, such as a teacher's.
+    """
+    logits, target = logits.float(), target.float()
+    entropy = nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return (logits.sigmoid() - target).abs() ** beta * entropy
+
+
 def box_code_loss(
     predicted: Float[Tensor, "n 10"], codes: Float[Tensor, "n 10"], weights: Float[Tensor, "n"]
 ) -> Float[Tensor, "10"]:
