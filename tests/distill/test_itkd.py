@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from bevkd.data.collate import Batch
 from bevkd.distill import itkd
-from bevkd.distill.itkd import ChannelAutoencoder, Config, HeadAttention, channel_attention, interchange_losses
+from bevkd.distill.base import DistillContext, TeacherBatch
+from bevkd.distill.itkd import ITKD, ChannelAutoencoder, Config, HeadAttention, channel_attention, interchange_losses
+from bevkd.geometry.affine import BEVAffine
+from bevkd.grid import BEVGrid
+from bevkd.models.detector import Detector, DetectorOutput
+from bevkd.models.heads.center import HeadOutput
+from bevkd.types import Boxes, Signals
 from tests.golden import T
 
 EVERYWHERE = torch.ones(2, 1, 10, 10, dtype=torch.bool)
@@ -107,6 +116,38 @@ def test_the_published_autoencoder_adds_a_tenth_of_a_million_parameters() -> Non
     published = ChannelAutoencoder(96, 384, Config())
     count = sum(parameter.numel() for parameter in published.parameters())
     assert 0.1e6 < count < 0.15e6
+
+
+# ----------------------------------------------------------------------------------------- the attention of a batch
+
+UNMOVED = BEVAffine.identity()
+GRID = BEVGrid(x_m=(-8, 8), y_m=(-8, 8), cell_m=1.0)
+
+
+def attention_of(count: int, affine: BEVAffine = UNMOVED, **config: Any) -> Tensor:
+    """Return the attention loss of a frame with ``count`` objects in a row, the first at x = -7.5 m."""
+    torch.manual_seed(0)
+    student = SimpleNamespace(head=SimpleNamespace(labels_of_task=((0,), (1, 2))), config=SimpleNamespace(grid=GRID))
+    loss = ITKD(Config(feature=0, **config), DistillContext(cast("Detector", student), {"box_code": (2, 10, 16, 16)}))
+    values = torch.zeros(count, 9)
+    values[:, 0], values[:, 3:6] = torch.arange(count) - 7.5, 1.0
+    boxes = Boxes(values, torch.ones(count, dtype=torch.int64), torch.ones(count))
+    own, theirs = ((torch.randn(1, 3, 16, 16), torch.randn(1, 2, 10, 16, 16)) for _ in range(2))
+    nothing = torch.zeros(1, 1, 16, 16)
+    batch = Batch(("a",), (boxes,), torch.ones(1, dtype=torch.bool), (affine,))
+    teacher = TeacherBatch(Signals(heatmap=theirs[0], box_code=theirs[1]), (affine,), GRID)
+    return loss(DetectorOutput(nothing, nothing, HeadOutput(*own)), teacher, batch)["attention"]
+
+
+def test_objects_beyond_the_slots_are_left_out() -> None:
+    torch.testing.assert_close(attention_of(9, slots=4), attention_of(4, slots=4))
+    assert attention_of(9, slots=9) != attention_of(4, slots=9)
+
+
+def test_objects_outside_the_teachers_map_are_left_out() -> None:
+    """Moved by six metres, the six objects nearest to the edge have come from outside of the map."""
+    assert attention_of(6, BEVAffine(translation_m=(6.0, 0.0, 0.0))) == 0
+    assert attention_of(7, BEVAffine(translation_m=(6.0, 0.0, 0.0))) > 0
 
 
 def test_signals_follow_the_weights() -> None:
