@@ -32,6 +32,9 @@ app.add_typer(bench_app, name="bench")
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a value of the recipe.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else.")]
 Recipe = Annotated[str, typer.Argument(help="Path of a recipe, or the name of one that ships with bevkd.")]
+Weights = Annotated[
+    str, typer.Option(metavar="NAME", help="Weights of the run, e.g. best; or the path of a .safetensors file.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")]
 
 
@@ -129,17 +132,25 @@ def train_student(
     resume: Resume = False,
     as_json: Json = False,
 ) -> None:
-    """Train a student from caches, with no teacher in memory."""
+    """Train a student from caches, with no teacher in memory unless distill.teacher is online."""
     from pipeline.recipe import load_student
-    from pipeline.train_student import train_student as story
-    from pipeline.train_student import with_caches
+    from pipeline.train_student import train_student, with_caches
 
-    caches = _caches(cache)
-    summary = story(with_caches(load_student(recipe, overrides or []), caches), out, resume, Bars(as_json))
+    loaded = with_caches(load_student(recipe, overrides or []), _caches(cache))
+    if loaded.distill is not None and loaded.distill.teacher == "online":
+        from pipeline.online import train_online
+
+        summary = train_online(loaded, out, resume, Bars(as_json))
+    else:
+        summary = train_student(loaded, out, resume, Bars(as_json))
     _show_run(summary, as_json)
 
 
 def _show_run(summary: Any, as_json: bool) -> None:
+    from pipeline.parts import is_main_process
+
+    if not is_main_process():
+        return
     if as_json:
         print_json(summary.to_json())
         return
@@ -157,6 +168,7 @@ def evaluate(
     run: Annotated[Path | None, typer.Option(help="Folder of a finished run.")] = None,
     cache: Annotated[str | None, typer.Option(metavar="URI", help="A cache that stores boxes.")] = None,
     detections: Annotated[Path | None, typer.Option(help="A nuScenes result file, or a folder of KITTI ones.")] = None,
+    weights: Weights = "model",
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -166,7 +178,9 @@ def evaluate(
     from pipeline import evaluate as story
 
     if run is not None:
-        report = story.evaluate_run(run, overrides or [], Bars(as_json))
+        report = story.evaluate_run(run, overrides or [], Bars(as_json), weights)
+        if report is None:  # not the first of the processes that torchrun started
+            return
     elif cache is not None:
         report = story.evaluate_cache(cache, overrides or [])
     else:
@@ -176,6 +190,53 @@ def evaluate(
         print_json(report.to_json())
     else:
         console.out.print(report.table())
+
+
+@app.command()
+def predict(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finished run, or a recipe with --weights.")],
+    out: Annotated[Path, typer.Option(help="File (nuScenes) or folder (KITTI) to write.")],
+    split: Annotated[str | None, typer.Option(help="In place of that of evaluation.data, e.g. test.")] = None,
+    weights: Weights = "model",
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Write a detector's boxes in the format of the data set, for its metrics or the benchmark's server."""
+    from pipeline.predict import predict_run
+
+    summary = predict_run(run, out, split, overrides or [], Bars(as_json), weights)
+    if summary is None:  # not the first of the processes that torchrun started
+        return
+    if as_json:
+        print_json(summary.to_json())
+    else:
+        say(summary.text)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finished run, or a recipe with --weights.")],
+    out: Annotated[Path, typer.Option(help="ONNX file to write.")],
+    weights: Weights = "model",
+    part: Annotated[str, typer.Option(help="all, or dense: what follows the encoder, from bev_low on.")] = "all",
+    opset: Annotated[int, typer.Option(help="Version of ONNX's operator set.")] = 18,
+    batch: Annotated[int, typer.Option(min=1, help="Frames that the graph takes at once.")] = 1,
+    checks: Annotated[int, typer.Option(min=1, help="Batches on which it is compared with torch.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Of torch and onnxruntime in the comparison.")] = 1,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Write a student as ONNX, checked with onnxruntime against torch on frames of its data set."""
+    if part not in ("all", "dense"):
+        raise typer.BadParameter("give all or dense", param_hint="--part")
+    from pipeline.export import ExportSettings, export_run
+
+    settings = ExportSettings(weights, "all" if part == "all" else "dense", opset, batch, checks, threads)
+    summary = export_run(run, out, settings, overrides or [], Bars(as_json))
+    if as_json:
+        print_json(summary.to_json())
+    else:
+        say(summary.text)
 
 
 @cache_app.command("info")
@@ -341,6 +402,28 @@ def cache_fidelity(
     console.out.print(fidelity_table(report), signal_table(report))
 
 
+@cache_app.command("equivariance")
+def cache_equivariance(
+    recipe: Recipe,
+    frames: Annotated[int, typer.Option(min=1, help="How many frames to look at.")] = 8,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Say how far warped cached maps are from the teacher run on augmented frames; trains nothing, writes nothing.
+
+    RECIPE is that of a cache: its data and its teacher.
+    """
+    from pipeline.equivariance import equivariance, equivariance_table
+    from pipeline.recipe import load_cache
+
+    report = equivariance(load_cache(recipe, overrides or []), frames, Bars(as_json))
+    if as_json:
+        print_json(report.to_json())
+        return
+    console.out.print(equivariance_table(report))
+    say(report.sentence)
+
+
 @cache_app.command("show")
 def cache_show(
     uri: Annotated[str, typer.Argument(metavar="URI")],
@@ -407,6 +490,38 @@ def bench_models_command(
         print_json(result)
         return
     console.out.print(*result_tables(result))
+
+
+@bench_app.command("train")
+def bench_train_command(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="Of a distilled student; by default the demo's on a world.")
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="RECIPE", help="Of a cache; by default an untrained LiDAR detector of the same cost."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the cache and the plot; kept for the next run.")] = Path(
+        "bench"
+    ),
+    frames: Annotated[int, typer.Option(min=1, help="Frames to train on, again and again.")] = 4,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each run.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the three runs.")] = 3,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Measure training: plain, distilled from a cache, and with the teacher within each step; and the loader alone."""
+    from bevkd.viz.image import save
+    from pipeline.bench.train import TrainSettings, bench_train, result_plot, result_table
+
+    settings = TrainSettings(out, recipe, teacher, overrides or (), frames, steps, rounds)
+    result = bench_train(settings, Bars(as_json))
+    plot = save(result_plot(result), out / "train.png")
+    if as_json:
+        print_json(result)
+        return
+    console.out.print(result_table(result))
+    say(str(plot))
 
 
 @app.command()

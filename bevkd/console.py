@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,10 +24,13 @@ err = Console(stderr=True)
 
 
 class Bars:
-    """Progress on stderr: a live bar on a terminal, a line now and then elsewhere, nothing with ``--json``."""
+    """Progress on stderr: a live bar on a terminal, a line now and then elsewhere, nothing with ``--json``.
+
+    Of the processes that torchrun started only the first one shows anything.
+    """
 
     def __init__(self, quiet: bool) -> None:
-        self._quiet = quiet
+        self._quiet = quiet or os.environ.get("RANK", "0") != "0"
 
     @contextlib.contextmanager
     def task(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[_Bar]:

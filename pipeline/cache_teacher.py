@@ -20,11 +20,14 @@ from bevkd.cache.manifest import Header
 from bevkd.cache.sample import stored_signals
 from bevkd.cache.self_check import SelfCheck
 from bevkd.cache.spec import CacheSpec, load_spec
+from bevkd.cache.variants import split_token, variant_token, variants_in
 from bevkd.cache.writer import CacheWriter
 from bevkd.data.collate import Batch, collate
-from bevkd.data.join import FrameDataset, View
+from bevkd.data.join import FrameDataset, VariantDataset, View
 from bevkd.data.source import FrameSource, Sensor
 from bevkd.errors import CacheError, ConfigError
+from bevkd.geometry.symmetries import symmetries_of
+from bevkd.grid import BEVGrid
 from bevkd.progress import Progress, Task
 from bevkd.teachers.base import Teacher
 from bevkd.types import Signals
@@ -38,6 +41,7 @@ _NOT_OF_THE_CACHE = {
     "device": True,
     "loaders": True,
     "spec": True,  # the header holds what it says, the recipe where it lies
+    "variants": True,  # the tokens name them
     "data": {"root", "index_dir", "labels", "labels_seed", "skip_missing"},
     "teacher": {"run", "weights", "checkpoint", "checkpoint_version", "checkpoint_kernels", "seconds_per_frame"},
 }
@@ -51,11 +55,12 @@ class CacheSummary:
 
     Attributes:
         name: of the sealed cache; None while blocks are missing that other processes write.
-        frames: in the cache when it is complete.
+        frames: in the cache when it is complete; each variant of a frame counts.
         written: of them in this run.
         missing: of them not there yet.
         bytes_per_frame: on disk; None while blocks are missing.
         self_check: how its boxes score; None while blocks are missing, and if it was sealed without.
+        variants: how many there are of each frame, the frame as it is among them.
     """
 
     path: str
@@ -65,6 +70,7 @@ class CacheSummary:
     missing: int
     bytes_per_frame: float | None
     self_check: SelfCheck | None
+    variants: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """Return the summary as plain values."""
@@ -74,11 +80,16 @@ class CacheSummary:
     @property
     def text(self) -> str:
         """The summary in words."""
-        there = f"{self.frames - self.missing} of {self.frames} frames in {self.path}, {self.written} written now"
+        unit, of_each = (
+            ("frame", "") if self.variants == 1 else ("sample", f" ({self.variants} variants of each frame)")
+        )
+        there = (
+            f"{self.frames - self.missing} of {self.frames} {unit}s{of_each} in {self.path}, {self.written} written now"
+        )
         if self.name is None or self.bytes_per_frame is None:
             return f"{there}; the process that writes the last of the others seals the cache"
         check = f"\nself-check: {self.self_check.text}" if self.self_check else ""
-        return f"{there}, {self.bytes_per_frame / 1e3:.1f} kB per frame\nname {self.name}{check}"
+        return f"{there}, {self.bytes_per_frame / 1e3:.1f} kB per {unit}\nname {self.name}{check}"
 
 
 @dataclass(frozen=True)
@@ -132,7 +143,14 @@ class Stage:
         """Refuse missing and damaged sensor files of the blocks of ``share``, all of them at once."""
         own = share.of(range(self.header.blocks))
         tokens = [token for block in own for token in self.header.block_tokens(block)]
+        if self.recipe.variants != "none":
+            tokens = list(dict.fromkeys(split_token(token)[0] for token in tokens))
         check_files(self.source, tokens, self.view.sensors)
+
+    def dataset(self, tokens: Sequence[str]) -> FrameDataset:
+        """Return the samples of a cache with ``tokens``, as the teacher sees them."""
+        kind = FrameDataset if self.recipe.variants == "none" else VariantDataset
+        return kind(self.source, tokens, self.view)
 
     def open_writer(self, uri: str) -> CacheWriter:
         """Return a writer for the cache at ``uri``, which is begun if it is not there."""
@@ -190,11 +208,30 @@ def prepare(recipe: CacheRecipe, limit: int | None, progress: Progress, device: 
         dataset=source.identity,
         grid=teacher.grid,
         classes=classes,
-        tokens=source.tokens[:limit],
+        tokens=_with_variants(source.tokens[:limit], recipe, teacher.grid),
         config=recipe.model_dump(mode="json", exclude=_NOT_OF_THE_CACHE),
         licence=recipe.licence,
     )
     return Stage(recipe, device, teacher, source, header)
+
+
+def _with_variants(tokens: Sequence[str], recipe: CacheRecipe, grid: BEVGrid) -> tuple[str, ...]:
+    """Return the tokens of all samples of a cache, those of a frame side by side.
+
+    Raises:
+        ConfigError: the grid has no such symmetry, or tokens of the data set look like those of variants.
+    """
+    if recipe.variants == "none":
+        return tuple(tokens)
+    names = symmetries_of(grid, quarter_turns=recipe.variants == "d4")
+    if len(names) == 1:
+        raise ConfigError(
+            f"variants: {recipe.variants}: no flip or turn maps the teacher's grid, {grid}, onto itself. Set variants: "
+            "none."
+        )
+    if taken := [token for token in tokens if split_token(token)[1]]:
+        raise ConfigError(f"variants: the data set's own token '{taken[0]}' looks like a variant. Set variants: none.")
+    return tuple(variant_token(token, name) for token in tokens for name in names)
 
 
 def view_for(teacher: Teacher, spec: CacheSpec) -> View:
@@ -232,10 +269,10 @@ def summarise(
     """
     frames, missing = len(writer.header.tokens), frames_of(writer, writer.pending())
     if missing:
-        return CacheSummary(out, None, frames, written, missing, None, None)
+        return CacheSummary(out, None, frames, written, missing, None, None, len(variants_in(writer.header.tokens)))
     manifest = writer.seal(partial(check_boxes, source, recipe.data, progress))
-    size = stored_bytes(manifest) / frames
-    return CacheSummary(out, manifest.name, frames, written, 0, size, manifest.self_check)
+    size, variants = stored_bytes(manifest) / frames, len(variants_in(manifest.tokens))
+    return CacheSummary(out, manifest.name, frames, written, 0, size, manifest.self_check, variants)
 
 
 def check_space(writer: CacheWriter, uri: str) -> None:
@@ -258,7 +295,7 @@ def load_batches(stage: Stage, header: Header, blocks: Sequence[int], processes:
 
     The first ones are being loaded when this returns.
     """
-    dataset = FrameDataset(stage.source, header.tokens, stage.view)
+    dataset = stage.dataset(header.tokens)
     size, block = stage.recipe.batch_size, header.spec.block
     plan = [
         list(range(start, min(start + size, (each + 1) * block, len(header.tokens))))

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bevkd.cache.reader import CacheReader
-from bevkd.config import apply_overrides, parse, read_yaml
+from bevkd.config import apply_overrides, parse
 from bevkd.data.source import FrameSource
 from bevkd.errors import ConfigError, ContractError
 from bevkd.evaluation.predict import predict
 from bevkd.evaluation.score import Report, evaluate, metrics_of
 from bevkd.models.detector import Detector
-from bevkd.models.weights import load_weights
 from bevkd.progress import Progress
-from pipeline.parts import check_files, choose_device, contract, open_source
-from pipeline.recipe import EvaluateRecipe, EvaluationConfig, StudentRecipe
+from pipeline.parts import check_files, contract, is_main_process, open_source
+from pipeline.recipe import EvaluateRecipe, EvaluationConfig
 from pipeline.segmentation import evaluate_segmenter_run
+from pipeline.trained import WEIGHTS, detector_recipe, joined_processes, recipe_values, trained_detector, weight_file
 
 
 def open_evaluation(config: EvaluationConfig, detector: Detector, progress: Progress) -> FrameSource:
@@ -38,27 +38,46 @@ def open_evaluation(config: EvaluationConfig, detector: Detector, progress: Prog
 
 
 def evaluate_detector(
-    detector: Detector, source: FrameSource, config: EvaluationConfig, run: Path, progress: Progress
-) -> Report:
-    """Predict on the frames of ``source``, keep the detections in the run folder, and return their metrics."""
-    found = predict(detector, source, source.tokens, progress, config.batch_size)
-    metrics_of(source).save_detections(run, source, found)
-    return evaluate(source, found, max_distance_m=config.max_distance_m)
+    detector: Detector,
+    source: FrameSource,
+    config: EvaluationConfig,
+    run: Path,
+    progress: Progress,
+    tokens: Sequence[str] | None = None,
+) -> Report | None:
+    """Predict on the frames of ``source``, keep the detections in the run folder, and return their metrics.
+
+    Processes of torch.distributed share the work, see ``predict``; the first one returns the metrics, the others None.
+
+    Args:
+        tokens: evaluate on these frames only, and keep nothing.
+    """
+    frames = source.tokens if tokens is None else tokens
+    found = predict(detector, source, frames, progress, config.batch_size, config.workers)
+    if not is_main_process():
+        return None
+    if tokens is None:
+        metrics_of(source).save_detections(run / "detections", source, found, detector.config.sensors)
+    return evaluate(source, found, frames, max_distance_m=config.max_distance_m)
 
 
-def evaluate_run(run: Path, overrides: Sequence[str], progress: Progress) -> Report:
-    """Return the metrics of a finished run; ``overrides`` change its recipe, e.g. the frames."""
-    path = run / "recipe.yaml"
-    values = apply_overrides(read_yaml(path), overrides)
+def evaluate_run(run: Path, overrides: Sequence[str], progress: Progress, weights: str = WEIGHTS) -> Report | None:
+    """Return the metrics of a finished run, None in all but the first of several processes.
+
+    Args:
+        overrides: change its recipe, e.g. the frames.
+        weights: a name within the run folder, or the path of a file.
+    """
+    values, where = recipe_values(str(run), overrides)
     if "segmenter" in values:
-        return evaluate_segmenter_run(run, values, progress)
-    recipe = parse(StudentRecipe, values, str(path))
+        return evaluate_segmenter_run(run, values, weight_file(str(run), weights), progress)
+    recipe = detector_recipe(values, where)
     if recipe.evaluation is None:
         raise ConfigError(f"the recipe of {run} has no 'evaluation'. Add --set evaluation.data='{{name: ..., ...}}'.")
-    detector = Detector(recipe.detector, tuple(recipe.data.classes)).to(choose_device(recipe.device))
-    load_weights(run / "model.safetensors", detector)
-    source = open_evaluation(recipe.evaluation, detector, progress)
-    return evaluate_detector(detector, source, recipe.evaluation, run, progress)
+    with joined_processes(recipe.device) as device:
+        detector = trained_detector(recipe, str(run), device, weights)
+        source = open_evaluation(recipe.evaluation, detector, progress)
+        return evaluate_detector(detector, source, recipe.evaluation, run, progress)
 
 
 _PLACES = ("root", "index_dir")
@@ -71,7 +90,7 @@ def evaluate_cache(uri: str, overrides: Sequence[str]) -> Report:
     """
     reader = CacheReader.open(uri)
     contract(f"{uri} cannot be scored:", reader.require(("boxes",)))
-    return evaluate(source_of_cache(reader, overrides), {token: reader.boxes(token) for token in reader.tokens})
+    return evaluate(source_of_cache(reader, overrides), {token: reader.boxes(token) for token in reader.frames})
 
 
 def source_of_cache(reader: CacheReader, overrides: Sequence[str]) -> FrameSource:
@@ -83,7 +102,7 @@ def source_of_cache(reader: CacheReader, overrides: Sequence[str]) -> FrameSourc
     data = reader.manifest.config.get("data")
     # A cache of a stranger must not say which folders are read and written here.
     recorded = {key: value for key, value in (data if isinstance(data, dict) else {}).items() if key not in _PLACES}
-    recorded |= {"tokens": list(reader.tokens), "labels": 1.0, "skip_missing": False}
+    recorded |= {"tokens": list(reader.frames), "labels": 1.0, "skip_missing": False}
     where = f"the data config recorded in {reader.uri} (it leaves out where the data lies: --set data.root=FOLDER)"
     source = _source({"data": recorded}, overrides, where)
     contract(

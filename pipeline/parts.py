@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import ValidationError
 
 from bevkd import registry
 from bevkd.cache.reader import CacheReader
@@ -110,6 +111,7 @@ _MAY_DIFFER = frozenset(
         "data.index_dir",
         "evaluation.data.root",
         "evaluation.data.index_dir",
+        "evaluation.workers",
         "initial.run",
         "training.workers",
         "training.checkpoint_every",
@@ -131,7 +133,7 @@ def prepare_run(run: Path, recipe: StrictModel, resume: bool) -> None:
     resolved = recipe.model_dump(mode="json")
     path = run / "recipe.yaml"
     if path.exists():
-        earlier = read_yaml(path)
+        earlier = _completed(read_yaml(path), type(recipe))
         different = [
             f"{key}: {old!r} there, {new!r} here"
             for key, old, new in _differences(earlier, resolved)
@@ -151,6 +153,14 @@ def prepare_run(run: Path, recipe: StrictModel, resume: bool) -> None:
         raise TrainingError(
             f"{run} cannot be used as run folder: {error.strerror}. Choose another --out, a folder that can be written."
         ) from error
+
+
+def _completed(earlier: dict[str, Any], kind: type[StrictModel]) -> dict[str, Any]:
+    """Return a recipe with the keys that bevkd did not have when it was written, at their defaults."""
+    try:
+        return kind.model_validate(earlier).model_dump(mode="json")
+    except ValidationError:
+        return earlier
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:

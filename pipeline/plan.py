@@ -18,10 +18,10 @@ from torch import Tensor
 from bevkd.cache.manifest import BlockRecord, Header, to_json
 from bevkd.cache.shard import metadata_files
 from bevkd.cache.store import open_store
+from bevkd.cache.variants import variants_in
 from bevkd.cache.writer import CacheWriter
 from bevkd.data.collate import Batch, collate
 from bevkd.data.images import ImageView
-from bevkd.data.join import FrameDataset
 from bevkd.data.source import FrameSource, Sensor
 from bevkd.progress import Progress, Silent, Task
 from bevkd.types import Boxes, Frame, Signals
@@ -52,6 +52,8 @@ class CachePlan:
     """What a cache will take.
 
     Attributes:
+        frames: in the cache; each variant of a frame counts.
+        variants: how many there are of each frame, the frame as it is among them.
         files: in the cache when it is sealed.
         bytes: on disk, all files.
         array_bytes: per frame, by stored array.
@@ -73,6 +75,7 @@ class CachePlan:
     loaders: int
     encoders: int
     free_bytes: int | None
+    variants: int = 1
 
     @property
     def device_hours(self) -> float:
@@ -120,8 +123,13 @@ class CachePlan:
         if self.free_bytes is not None:
             room = f"{size(self.free_bytes)}, enough" if self.fits else f"{size(self.free_bytes)}, NOT ENOUGH"
         arrays = ", ".join(f"{name} {size(count)}" for name, count in self.array_bytes.items())
+        frames = f"{self.frames:,} in {self.blocks:,} blocks"
+        if self.variants > 1:
+            frames += (
+                f": {self.variants} variants of {self.frames // self.variants:,}, so {self.variants} times the space"
+            )
         return [
-            ("frames", f"{self.frames:,} in {self.blocks:,} blocks"),
+            ("frames", frames),
             ("files", f"{self.files:,}"),
             ("space needed", f"{size(self.bytes)}, {size(self.bytes / self.frames)} per frame"),
             ("free at --out", room),
@@ -174,12 +182,13 @@ def plan_cache(
         loaders=recipe.loaders,
         encoders=encoding_threads(),
         free_bytes=open_store(out).free_bytes() if out else None,
+        variants=len(variants_in(tokens)),
     )
 
 
 def _try(stage: Stage, writer: CacheWriter, task: Task) -> tuple[StageSeconds, BlockRecord]:
     """Cache the stage's frames as one block, part after part, and return the seconds per frame of each part."""
-    dataset = FrameDataset(stage.source, stage.header.tokens, stage.teacher.view)
+    dataset = stage.dataset(stage.header.tokens)
     size, count = stage.recipe.batch_size, len(dataset)
     spent = {"loading": 0.0, "teacher": 0.0, "warm-up": 0.0}
 

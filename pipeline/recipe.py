@@ -29,11 +29,16 @@ class EvaluationConfig(StrictModel):
     Attributes:
         data: frames to evaluate on; they always have all their labels.
         max_distance_m: score boxes this near to the ego only, e.g. those inside the grid; None is the benchmark.
+        batch_size: frames per process and forward pass.
+        workers: loader processes; 0 loads in the predicting process.
+        frames: of the evaluations in the loop, evenly spaced; None takes all, as the evaluation at the end always does.
     """
 
     data: Source  # type: ignore[valid-type]
     max_distance_m: float | None = Field(None, gt=0)
     batch_size: int = Field(4, gt=0)
+    workers: int = Field(2, ge=0)
+    frames: int | None = Field(None, gt=0)
 
 
 class InitialConfig(StrictModel):
@@ -112,13 +117,19 @@ class DistillConfig(StrictModel):
     """Where the teachers' knowledge comes from, and how it is used.
 
     Attributes:
+        teacher: ``cached`` reads caches and has no teacher in memory; ``online`` runs the teachers within each step
+            instead, on the augmented batch, to compare: the same losses on the same frames, at the cost of the teacher.
         caches: URI of each cache, by the name that losses call it.
+        online: instead of them, ``cache-teacher`` recipe of each teacher by that name: its ``teacher`` and ``spec``
+            count, its frames are not read.
         local_copy: for caches in object stores.
         losses: plug-ins of ``bevkd.distill``.
         frames: ``all`` trains on every frame of ``data``, labelled or not; ``labelled`` on labelled ones only.
     """
 
-    caches: dict[str, str]
+    teacher: Literal["cached", "online"] = "cached"
+    caches: dict[str, str] = Field(default={})
+    online: dict[str, str] = Field(default={})
     local_copy: LocalCopyConfig = LocalCopyConfig()
     losses: tuple[plugin("bevkd.distill"), ...] = ()  # type: ignore[valid-type]
     frames: Literal["all", "labelled"] = "all"
@@ -146,6 +157,8 @@ class CacheRecipe(StrictModel):
     Attributes:
         teacher: a plug-in of ``bevkd.teachers``.
         spec: name of a file in ``cache_specs/`` or the path of one.
+        variants: hold each frame also as the teacher sees it flipped (``flips``), or flipped and turned by quarters
+            (``d4``), as far as the grid maps onto itself: up to 4 or 8 times the space, and no error from warping.
         batch_size: frames that the teacher sees at once; a batch never spans two blocks.
         loaders: processes that load frames ahead of one teacher, at most one per core; 0 loads between its batches.
         licence: what users of the cache must know, e.g. the licence of data and weights.
@@ -155,6 +168,7 @@ class CacheRecipe(StrictModel):
     data: Source  # type: ignore[valid-type]
     teacher: plugin("bevkd.teachers")  # type: ignore[valid-type]
     spec: str
+    variants: Literal["none", "flips", "d4"] = "none"
     batch_size: int = Field(1, gt=0)
     loaders: int = Field(2, ge=0)
     licence: str = ""

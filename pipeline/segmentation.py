@@ -53,12 +53,14 @@ def evaluate_segmenter(
     return evaluate_instances(source, predict_instances(segmenter, source, progress, config.batch_size))
 
 
-def evaluate_segmenter_run(run: Path, values: Mapping[str, Any], progress: Progress) -> SegmentationReport:
+def evaluate_segmenter_run(
+    run: Path, values: Mapping[str, Any], weights: Path, progress: Progress
+) -> SegmentationReport:
     """Return the metrics of a finished run whose recipe, with its overrides, is ``values``."""
     recipe = parse(SegmenterRecipe, dict(values), str(run / "recipe.yaml"))
     if recipe.evaluation is None:
         raise ConfigError(f"the recipe of {run} has no 'evaluation'. Add --set evaluation.data='{{root: ..., ...}}'.")
     segmenter = Segmenter(recipe.segmenter, recipe.data.classes).to(choose_device(recipe.device))
-    load_weights(run / "model.safetensors", segmenter)
+    load_weights(weights, segmenter)
     source = open_held_out(recipe.evaluation, recipe.data.classes)
     return evaluate_segmenter(segmenter, source, recipe.evaluation, progress)

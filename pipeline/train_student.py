@@ -4,38 +4,60 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from bevkd import registry
 from bevkd.cache.reader import CacheReader
 from bevkd.data.source import FrameSource
-from bevkd.distill.base import DistillContext
+from bevkd.distill.base import DistillContext, DistillLoss
 from bevkd.errors import ConfigError
 from bevkd.models.detector import Detector
 from bevkd.progress import Progress
 from pipeline.parts import block_shuffle, contract, open_caches, open_source
 from pipeline.recipe import DistillConfig, StudentRecipe
-from pipeline.training import PLAIN, Distillation, RunSummary, loaded_sensors, seeded_detector, train
+from pipeline.training import PLAIN, Distillation, LiveTeacher, RunSummary, loaded_view, seeded_detector, train
 
 
-def train_student(recipe: StudentRecipe, run: Path, resume: bool, progress: Progress) -> RunSummary:
+def train_student(
+    recipe: StudentRecipe,
+    run: Path,
+    resume: bool,
+    progress: Progress,
+    teachers: Mapping[str, LiveTeacher] = MappingProxyType({}),
+) -> RunSummary:
     """Train the student of ``recipe`` in the folder ``run`` and evaluate it.
+
+    Args:
+        teachers: those that run within the step in place of caches, by name; see ``pipeline.online``.
 
     Raises:
         ContractError: caches, data set, model and losses do not fit together; lists every fault.
     """
-    readers = open_caches(recipe.distill.caches, recipe.distill.local_copy) if recipe.distill else {}
-    depth = _depth_cache(recipe, readers)
-    source = open_source(recipe.data, loaded_sensors(recipe.detector, depth is not None), progress)
-    detector = seeded_detector(recipe, progress)
-    if recipe.distill:
-        faults = _faults(recipe, recipe.distill, source, detector, readers)
-        advice = "Change the recipe to what the cache has, or write a cache that has what is wanted"
-        contract(f"this student cannot be distilled as asked. {advice}:", faults)
-    distillation = _build(recipe, recipe.distill, detector, readers) if recipe.distill else PLAIN
+    source, detector, distillation = prepare_student(recipe, progress, teachers)
     return train(recipe, source, detector, distillation, run, resume, progress)
 
 
-def _signals(distill: DistillConfig) -> dict[str, tuple[str, ...]]:
+def prepare_student(
+    recipe: StudentRecipe, progress: Progress, teachers: Mapping[str, LiveTeacher] = MappingProxyType({})
+) -> tuple[FrameSource, Detector, Distillation]:
+    """Return the parts of a run, with every contract between them checked; see :func:`train_student`."""
+    distill = recipe.distill
+    online = distill is not None and distill.teacher == "online"
+    readers = open_caches(distill.caches, distill.local_copy) if distill and not online else {}
+    depth = _depth_cache(recipe, readers)
+    sensors = loaded_view(recipe.detector, depth is not None, teachers.values()).sensors
+    source = open_source(recipe.data, sensors, progress)
+    detector = seeded_detector(recipe, progress)
+    if distill:
+        faults = _faults(recipe, distill, source, detector, readers, teachers)
+        has = "teacher" if online else "cache"
+        advice = f"Change the recipe to what the {has} has, or write a cache that has what is wanted"
+        contract(f"this student cannot be distilled as asked. {advice}:", faults)
+    distillation = _build(recipe, distill, detector, readers, teachers) if distill else PLAIN
+    return source, detector, distillation
+
+
+def signals_of(distill: DistillConfig) -> dict[str, tuple[str, ...]]:
     """Return the signals that the losses read from each cache."""
     needed: dict[str, list[str]] = {}
     for loss in distill.losses:
@@ -49,22 +71,26 @@ def _faults(
     source: FrameSource,
     detector: Detector,
     readers: Mapping[str, CacheReader],
+    teachers: Mapping[str, LiveTeacher],
 ) -> list[str]:
     """Return everything that does not fit, so that it can be mended in one go."""
     faults: list[str] = []
     tokens = [token for token in source.tokens if distill.frames == "all" or token in source.labelled]
-    for cache, signals in _signals(distill).items():
-        if cache not in readers:
-            known = ", ".join(readers) or "none"
-            faults.append(f"a loss reads the cache '{cache}', given are: {known}. Add --cache {cache}=URI.")
+    online = distill.teacher == "online"
+    kind, advice = ("teacher", "Set distill.online.{0}=RECIPE") if online else ("cache", "Add --cache {0}=URI")
+    given: Mapping[str, CacheReader | LiveTeacher] = teachers if online else readers
+    for name, signals in signals_of(distill).items():
+        if name not in given:
+            known = ", ".join(given) or "none"
+            faults.append(f"a loss reads the {kind} '{name}', given are: {known}. {advice.format(name)}.")
             continue
-        misfits = readers[cache].require(
+        misfits = given[name].require(
             signals, recipe.detector.grid, tokens, tuple(recipe.data.classes), source.identity
         )
-        faults += [f"cache '{cache}': {fault}" for fault in misfits]
+        faults += [f"{kind} '{name}': {fault}" for fault in misfits]
         if not misfits:
-            context = DistillContext(detector, readers[cache].manifest.sample_shapes)
-            losses = [loss for loss in distill.losses if loss.teacher == cache]
+            context = DistillContext(detector, given[name].sample_shapes)
+            losses = [loss for loss in distill.losses if loss.teacher == name]
             faults += [f"loss '{loss.name}': {fault}" for loss in losses for fault in loss.misfits(context)]
     if depth := _depth_cache(recipe, readers):
         faults += depth.require(("lidar_depth",), tokens=tokens, dataset=source.identity)
@@ -79,32 +105,43 @@ def _depth_cache(recipe: StudentRecipe, readers: Mapping[str, CacheReader]) -> C
 
 
 def _build(
-    recipe: StudentRecipe, distill: DistillConfig, detector: Detector, readers: Mapping[str, CacheReader]
+    recipe: StudentRecipe,
+    distill: DistillConfig,
+    detector: Detector,
+    readers: Mapping[str, CacheReader],
+    teachers: Mapping[str, LiveTeacher],
 ) -> Distillation:
     """Return the losses, and per cache the signals that they read."""
-    losses = []
+    losses: list[tuple[str, str, DistillLoss]] = []
+    given: Mapping[str, CacheReader | LiveTeacher] = {**readers, **teachers}
     for loss in distill.losses:
-        shapes = readers[loss.teacher].manifest.sample_shapes
+        shapes = given[loss.teacher].sample_shapes
         built = registry.load("bevkd.distill", loss.name).build(loss, DistillContext(detector, shapes))
-        losses.append((loss.name, loss.teacher, built))
-    caches = {cache: (readers[cache], signals) for cache, signals in _signals(distill).items()}
+        again = sum(each.name == loss.name for each in distill.losses[: len(losses)])
+        # Terms of one name would take each other's place.
+        losses.append((f"{loss.name}-{again + 1}" if again else loss.name, loss.teacher, built))
+    caches = {name: (readers[name], signals) for name, signals in signals_of(distill).items() if name in readers}
     depth = _depth_cache(recipe, readers)
     read = {**caches, "the depth of the LiDAR": (depth, ("lidar_depth",))} if depth else caches
     shuffle = block_shuffle(read, distill.local_copy.max_gb)
-    return Distillation(caches, losses, distill.frames == "all", shuffle, depth)
+    return Distillation(caches, losses, distill.frames == "all", shuffle, depth, teachers)
 
 
 def with_caches(recipe: StudentRecipe, caches: Mapping[str, str]) -> StudentRecipe:
     """Return ``recipe`` with the URIs of ``--cache NAME=URI`` in place of its own.
 
     Raises:
-        ConfigError: the recipe has no 'distill', or neither names nor reads one of ``caches``.
+        ConfigError: the recipe has no 'distill', reads no cache, or neither names nor reads one of ``caches``.
     """
     if not caches:
         return recipe
     distill = recipe.distill
     if distill is None:
         raise ConfigError("--cache is given, but the recipe has no 'distill': add its losses, or leave out --cache.")
+    if distill.teacher == "online":
+        raise ConfigError(
+            "--cache is given, but distill.teacher is online, which reads no cache: leave out one of them."
+        )
     read = {*distill.caches, *(loss.teacher for loss in distill.losses)}
     if unread := [f"{name}={uri}" for name, uri in caches.items() if name not in read]:
         raise ConfigError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from bevkd.cache import manifest
 from bevkd.cache.manifest import MANIFEST, ROOT, Header, Manifest
 from bevkd.cache.store import Store, open_store
+from bevkd.cache.variants import frames_in
 from bevkd.errors import CacheError
 
 
@@ -71,7 +72,15 @@ def _described(store: Store, header: Header, state: str, name: str, size: int) -
     dataset = f"{header.dataset.name} {header.dataset.version} {header.dataset.split}"
     signals = tuple(f"{signal} {spec.encoding}" for signal, spec in header.spec.signals.items())
     return Entry(
-        store.uri, state, name, header.teacher.name, dataset, len(header.tokens), header.spec.name, signals, size
+        store.uri,
+        state,
+        name,
+        header.teacher.name,
+        dataset,
+        len(frames_in(header.tokens)),
+        header.spec.name,
+        signals,
+        size,
     )
 
 

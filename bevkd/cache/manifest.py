@@ -81,7 +81,7 @@ class Header(StrictModel):
 
     Attributes:
         classes: class names in the order of heatmap channels and box labels.
-        tokens: sample tokens; their order is axis 0 of every array.
+        tokens: sample tokens; their order is axis 0 of every array. Variants of a frame follow it.
         sample_shapes: shape of one sample per stored map signal; ``CacheWriter.open`` fills it in.
         config: the resolved config of the run.
         licence: what the licences of data set and weights ask of users of the cache.

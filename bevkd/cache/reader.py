@@ -16,6 +16,7 @@ from bevkd.cache.arrays import ArraySpec, arrays_for
 from bevkd.cache.encoding import Array, decode
 from bevkd.cache.manifest import MANIFEST, RESTORE, Manifest, open_manifest, record_key
 from bevkd.cache.store import Store, open_store
+from bevkd.cache.variants import frames_in, variants_in
 from bevkd.data.identity import DatasetIdentity
 from bevkd.errors import CacheError
 from bevkd.grid import BEVGrid
@@ -30,6 +31,10 @@ _SHOWN = 3
 class CacheReader:
     """A sealed cache, by sample token.
 
+    Attributes:
+        variants: the names of those that it holds of each frame, see ``bevkd.cache.variants``; the frame as it is ("")
+            first.
+
     It holds no open file, so it may be used after a fork and by several threads; it is pickled as its path.
     """
 
@@ -37,6 +42,7 @@ class CacheReader:
         self.store, self.manifest, self.copies = store, manifest, copies
         self._local = copies.over(store, manifest) if copies and store.remote else None
         self._shards: shard.ShardSource = self._local or store
+        self.variants = variants_in(manifest.tokens)
         self._samples = {token: sample for sample, token in enumerate(manifest.tokens)}
         self._arrays = {
             signal: arrays_for(signal, spec, manifest.sample_shapes.get(signal, ()))
@@ -69,6 +75,16 @@ class CacheReader:
     def tokens(self) -> tuple[str, ...]:
         """The sample tokens, in stored order."""
         return self.manifest.tokens
+
+    @property
+    def frames(self) -> tuple[str, ...]:
+        """The tokens of the frames as they are, without variants, in stored order."""
+        return frames_in(self.manifest.tokens)
+
+    @property
+    def sample_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of one sample of each map, and [9,C] of points."""
+        return self.manifest.sample_shapes
 
     def __len__(self) -> int:
         return len(self._samples)

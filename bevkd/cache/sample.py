@@ -19,13 +19,19 @@ from bevkd.types import Boxes, Signals, SparseMap
 
 
 def stored_signals(
-    signals: Signals, boxes: Sequence[Boxes | None], spec: CacheSpec, grid: BEVGrid, index: int
+    signals: Signals,
+    boxes: Sequence[Boxes | None],
+    spec: CacheSpec,
+    grid: BEVGrid,
+    index: int,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Value]:
-    """Return the signals of ``spec`` of one frame of a batch, on the CPU, as ``CacheWriter.write_block`` takes them.
+    """Return the signals of ``spec`` of one frame of a batch, on ``device``, as ``CacheWriter.write_block`` takes them.
 
     Args:
         signals: of the whole batch, as the teacher wrote them.
-        boxes: annotations of each frame, un-augmented; None where it has none, which stores no points.
+        boxes: annotations of each frame, in the frame that the teacher saw; None where it has none, which stores no
+            points.
         index: the frame in the batch.
 
     Raises:
@@ -36,12 +42,12 @@ def stored_signals(
     for name, stored in spec.signals.items():
         value: Any = _written(signals, POINTS.get(name, name), name)[index]
         if name in POINTS:
-            sample[name] = points_of(value, annotated, grid).to("cpu")
+            sample[name] = points_of(value, annotated, grid).to(device)
         elif stored.encoding == "sparse":
             known = _known(signals, annotated, stored.threshold, grid, index)
-            sample[name] = SparseMap(torch.where(known, value, value.new_zeros(())).to("cpu"), known.to("cpu"))
+            sample[name] = SparseMap(torch.where(known, value, value.new_zeros(())).to(device), known.to(device))
         else:
-            sample[name] = value.to("cpu")
+            sample[name] = value.to(device)
     return sample
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -25,11 +26,13 @@ class Sample:
         frame: already augmented by ``affine``.
         affine: ``augmented_from_canonical`` of the BEV; cached maps are still canonical.
         stored: encoded arrays by cache name.
+        left: ``augmented_from_stored`` of each cache: what is left of ``affine`` where arrays are of a variant.
     """
 
     frame: Frame
     affine: BEVAffine
     stored: Mapping[str, StoredSignals]
+    left: Mapping[str, BEVAffine] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,9 @@ class Batch:
         view_from_original: per camera, the image augmentation.
         radar: of all frames, see ``Frame.radar``; ``radar_frame`` says whose.
         lidar_depth: of each frame; in view pixels where images are augmented, else in original ones.
-        affines: BEV augmentation of each frame, for the cached maps.
-        stored: encoded teacher arrays by cache name, canonical.
+        affines: BEV augmentation of each frame.
+        stored: encoded teacher arrays by cache name: canonical, or of a variant.
+        left: of each frame by cache name: what of ``affines`` the stored arrays do not know.
     """
 
     tokens: tuple[str, ...]
@@ -63,55 +67,41 @@ class Batch:
     radar_frame: Int[Tensor, "R"] | None = None
     lidar_depth: tuple[LidarDepth, ...] | None = None
     stored: Mapping[str, StoredSignals] | None = None
+    left: Mapping[str, tuple[BEVAffine, ...]] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on ``device`` (asynchronously from pinned memory)."""
-
-        def move(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value.to(device, non_blocking=True)
-
-        stored = self.stored or {}
-        return replace(
-            self,
-            boxes=tuple(boxes.to(device) for boxes in self.boxes),
-            labelled=self.labelled.to(device),
-            points=move(self.points),
-            point_frame=move(self.point_frame),
-            images=move(self.images),
-            intrinsics=move(self.intrinsics),
-            bev_from_camera=move(self.bev_from_camera),
-            view_from_original=move(self.view_from_original),
-            radar=move(self.radar),
-            radar_frame=move(self.radar_frame),
-            lidar_depth=None if self.lidar_depth is None else tuple(each.to(device) for each in self.lidar_depth),
-            stored={
-                name: {key: array.to(device, non_blocking=True) for key, array in arrays.items()}
-                for name, arrays in stored.items()
-            },
-        )
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory (called by the DataLoader)."""
+        return self._each(Tensor.pin_memory)
 
-        def pin(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value.pin_memory()
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(**{field.name: _changed(getattr(self, field.name), change) for field in fields(self)})
 
-        stored = self.stored or {}
-        return replace(
-            self,
-            points=pin(self.points),
-            images=pin(self.images),
-            stored={
-                name: {key: array.pin_memory() for key, array in arrays.items()} for name, arrays in stored.items()
-            },
-        )
+
+def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return ``value`` with every tensor in it changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Boxes | LidarDepth):
+        return type(value)(*(change(getattr(value, field.name)) for field in fields(value)))
+    if isinstance(value, tuple):
+        return tuple(_changed(each, change) for each in value)
+    if isinstance(value, Mapping):
+        return {key: _changed(each, change) for key, each in value.items()}
+    return value
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Return ``samples`` as one batch; all of them must hold the same sensors."""
+    """Return ``samples`` as one batch; all of them must hold the same sensors.
+
+    What is large is put together by ``default_collate``: in a loader process, where the training process sees it too.
+    """
     frames = [sample.frame for sample in samples]
     points = [frame.points for frame in frames if frame.points is not None]
     images = [frame.images for frame in frames if frame.images is not None]
@@ -125,7 +115,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         affines=tuple(sample.affine for sample in samples),
         points=torch.cat(points) if points else None,
         point_frame=_owner(points),
-        images=torch.stack(images) if images else None,
+        images=default_collate(images) if images else None,
         intrinsics=torch.stack([rig.intrinsics for rig in rigs]) if rigs else None,
         bev_from_camera=torch.stack([rig.lidar_from_camera for rig in rigs]) if rigs else None,
         view_from_original=torch.stack([rig.view_from_original for rig in rigs]) if rigs else None,
@@ -133,6 +123,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         radar_frame=_owner(radar),
         lidar_depth=depth or None,
         stored={name: default_collate([sample.stored[name] for sample in samples]) for name in samples[0].stored},
+        left={name: tuple(sample.left[name] for sample in samples) for name in samples[0].left},
     )
 
 

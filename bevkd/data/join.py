@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from bevkd.cache.reader import CacheReader
+from bevkd.cache.variants import split_token, variant_token
 from bevkd.data.augment import AugmentConfig, apply_affine, draw_view, scale_brightness
 from bevkd.data.collate import Sample
 from bevkd.data.images import ImageView
@@ -16,6 +17,7 @@ from bevkd.data.sampler import FrameOrder, mix
 from bevkd.data.source import FrameSource, Sensor
 from bevkd.geometry.affine import BEVAffine
 from bevkd.geometry.camera import move_depth
+from bevkd.geometry.symmetries import SYMMETRIES, nearest_symmetry
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,21 @@ class FrameDataset(Dataset[Sample]):
         return {name: ImageView.cover(size, height, width) for name, size in self.source.image_sizes(token).items()}
 
 
+class VariantDataset(FrameDataset):
+    """Frames by index, flipped and turned as their tokens say: for caching with variants."""
+
+    def __getitem__(self, index: int) -> Sample:
+        token, variant = split_token(self.tokens[index])
+        frame, affine = self.source.load(token, self.view.sensors, self._views(token)), SYMMETRIES[variant]
+        if variant:  # a frame as it is keeps its bytes
+            frame = replace(apply_affine(frame, affine), token=self.tokens[index])
+        return Sample(frame, affine, {})
+
+
 class TrainingDataset(Dataset[Sample]):
     """Augmented frames with cached signals, by position in the run: a pure function of (seed, position).
+
+    Of a cache with variants the one that comes nearest to the drawn augmentation is read.
 
     Args:
         order: which frame stands where.
@@ -70,6 +85,12 @@ class TrainingDataset(Dataset[Sample]):
         self.source, self.view, self.order, self.augment = source, view, order, augment
         self.caches, self.seed, self.depth = caches, seed, depth
 
+    @property
+    def remote(self) -> bool:
+        """Whether samples come over a network."""
+        readers = [*(reader for reader, _ in self.caches.values()), *([self.depth] if self.depth else [])]
+        return any(reader.store.remote for reader in readers)
+
     def __getitem__(self, position: int) -> Sample:
         token = self.order[position]
         generator = torch.Generator().manual_seed(mix(self.seed, position))
@@ -88,5 +109,8 @@ class TrainingDataset(Dataset[Sample]):
         if frame.lidar_depth is not None and frame.rig is not None:
             originals = frame.rig.view_from_original
             frame = replace(frame, lidar_depth=move_depth(frame.lidar_depth, originals, height, width))
-        stored = {name: reader.tensors(token, signals) for name, (reader, signals) in self.caches.items()}
-        return Sample(apply_affine(frame, affine), affine, stored)
+        stored, left = {}, {}
+        for name, (reader, signals) in self.caches.items():
+            variant, left[name] = nearest_symmetry(affine, reader.variants)
+            stored[name] = reader.tensors(variant_token(token, variant), signals)
+        return Sample(apply_affine(frame, affine), affine, stored, left)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,29 @@ class BlockShuffle:
         window_of[order] = np.arange(len(order)) // self.window
         shuffled: npt.NDArray[np.int64] = np.lexsort((random.random(len(tokens)), window_of[block_of]))
         return shuffled
+
+
+def balance(labels: Mapping[str, Collection[int]], seed: int) -> tuple[str, ...]:
+    """Return tokens, repeated so that each class is as often the reason to take one (CBGS, arXiv 1908.09492).
+
+    As published, every class draws with replacement among the tokens that hold it, its share of as many tokens as there
+    are of all classes together; tokens of several classes count, and are drawn, once for each. Classes that nothing
+    holds take no part, and tokens of no class are left out.
+
+    Args:
+        labels: classes that each token holds.
+    """
+    holders: dict[int, list[str]] = {}
+    for token, own in labels.items():
+        for label in own:
+            holders.setdefault(label, []).append(token)
+    random = np.random.default_rng(mix(seed, len(labels)))
+    total = sum(map(len, holders.values()))
+    return tuple(
+        holders[label][index]
+        for label in sorted(holders)
+        for index in random.integers(len(holders[label]), size=total // len(holders))
+    )
 
 
 class FrameOrder:

@@ -31,8 +31,8 @@ class TeacherBatch:
     needs no warp. Dense losses ask for :meth:`warped` maps.
 
     Attributes:
-        canonical: as cached, un-augmented.
-        affines: ``augmented_from_canonical`` of each frame.
+        canonical: as cached: of the un-augmented frame, or of a variant that the cache holds of it.
+        affines: ``augmented_from_canonical`` of each frame; of a variant, what is left of the augmentation.
     """
 
     canonical: Signals
@@ -93,11 +93,12 @@ class DistillContext:
     """What a loss may know when it is built.
 
     Attributes:
-        student: the detector in training; a loss may call its head but must not keep its parameters.
+        student: the detector in training; a loss may call its head but must not keep its parameters. In somebody's own
+            training loop, what stands for it: see ``bevkd.distiller``.
         teacher_shapes: per-sample shape of each cached map, and [9,C] of points.
     """
 
-    student: Detector
+    student: Detector | Any
     teacher_shapes: Mapping[str, tuple[int, ...]]
 
     @property

@@ -202,8 +202,10 @@ class AdversarialTraining(nn.Module):
     def forward(self, student: DetectorOutput, teacher: TeacherBatch) -> dict[str, Tensor]:
         """Return ``adversarial``, weighted."""
         target, covered = teacher.warped("bev_high")
-        own = reverse_gradient(student.bev_high.float(), self._factor())
-        judged = self.judge(self.stem(own)), self.judge(target.float())
+        own = self.stem(reverse_gradient(student.bev_high.float(), self._factor()))
+        # The judge sees neighbours: what the teacher does not cover must look the same on both sides.
+        own, theirs = (torch.where(covered, maps, 0.0) for maps in (own, target.float()))
+        judged = self.judge(own), self.judge(theirs)
         return {"adversarial": self.config.adversarial * adversarial_loss(*judged, covered)}
 
     def _factor(self) -> float:

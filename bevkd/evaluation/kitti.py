@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
+from bevkd.data.source import Sensor
 from bevkd.data.sources._kitti_files import DONT_CARE, Objects
 from bevkd.data.sources.kitti import KittiSource
 from bevkd.errors import ContractError
@@ -139,15 +140,20 @@ def evaluate(
     return _score(source.classes, [_near(each, limit_m) for each in truth], [_near(each, limit_m) for each in found])
 
 
-def save_detections(run: Path, source: KittiSource, found: Mapping[str, Boxes]) -> Path:
-    """Write boxes as KITTI result files into the folder ``detections`` of a run, and return its path.
+def save_detections(
+    path: Path, source: KittiSource, found: Mapping[str, Boxes], sensors: frozenset[Sensor] = frozenset()
+) -> Path:
+    """Write boxes as a folder of KITTI result files in place of what was there, and return it.
+
+    Args:
+        sensors: not looked at; the files do not say what was seen.
 
     Raises:
         ContractError: see :func:`to_results`.
     """
-    folder = run / "detections"
-    write_results(folder, to_results(source, found))
-    return folder
+    del sensors
+    write_results(path, to_results(source, found))
+    return path
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import numpy as np
 
+from bevkd.data.source import Sensor
 from bevkd.data.sources.nuscenes import CLASSES, GlobalBoxes, NuScenesSource
 from bevkd.errors import ContractError, report
 from bevkd.evaluation._nuscenes_results import (
@@ -130,8 +131,14 @@ def evaluate(
             their class; None is the benchmark itself.
 
     Raises:
-        ContractError: lists every frame without an entry, every unknown token and every box that cannot be scored.
+        ContractError: lists every frame without an entry, every unknown token and every box that cannot be scored; or
+            the data set has no annotations, as the official test split.
     """
+    if not source.annotated:
+        raise ContractError(
+            f"{source.config.root / source.config.version} has no annotations, so there is nothing to score "
+            "detections with. 'bevkd predict' writes them for the benchmark's server."
+        )
     frames = tuple(source.tokens if tokens is None else dict.fromkeys(tokens))
     results = _as_results(source, detections, frames)
     faults = check_results(results, source, frames)
@@ -140,14 +147,16 @@ def evaluate(
     return _score(source, results["results"], frames, max_distance_m)
 
 
-def save_detections(run: Path, source: NuScenesSource, found: Mapping[str, Boxes]) -> Path:
-    """Write boxes as the nuScenes submission ``detections.json`` into a run folder, and return its path.
+def save_detections(
+    path: Path, source: NuScenesSource, found: Mapping[str, Boxes], sensors: frozenset[Sensor] = frozenset()
+) -> Path:
+    """Write boxes as a nuScenes submission and return its path: ``path``, with the suffix .json if it has none.
 
     Raises:
         ContractError: see :func:`to_results`.
     """
-    path = run / "detections.json"
-    write_atomic(path, json.dumps(to_results(source, found)).encode())
+    path = path if path.suffix else path.with_suffix(".json")
+    write_atomic(path, json.dumps(to_results(source, found, sensors)).encode())
     return path
 
 

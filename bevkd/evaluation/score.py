@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from bevkd.data.source import FrameSource
+from bevkd.data.source import FrameSource, Sensor
 from bevkd.errors import ContractError
 from bevkd.types import Boxes
 
@@ -48,8 +48,16 @@ class Metrics(Protocol):
         """Return the detections in a file or folder of the data set's own format, checked."""
         ...
 
-    def save_detections(self, run: Path, source: Any, found: Mapping[str, Boxes]) -> Path:
-        """Write detections in that format into a run folder, and return where."""
+    def save_detections(
+        self, path: Path, source: Any, found: Mapping[str, Boxes], sensors: frozenset[Sensor] = frozenset()
+    ) -> Path:
+        """Write detections in that format, whether or not there are annotations, and return where.
+
+        Args:
+            path: of a file or folder, as the format has it; a suffix that the format's files have is added if it has
+                none.
+            sensors: what the detector sees, for formats that say so.
+        """
         ...
 
 

@@ -14,9 +14,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from bevkd.config import StrictModel
+from bevkd.errors import ContractError
 from bevkd.geometry.boxes import wrap_angle
 from bevkd.grid import BEVGrid
 from bevkd.types import Boxes
+
+_EXACT = 1e-6
+
+_UNMOVED = torch.eye(2, dtype=torch.float64)
 
 EDGE_TOLERANCE_CELLS = 1e-6
 """How far outside the map a bilinear sample may reach by rounding and still count as inside."""
@@ -25,11 +30,8 @@ EDGE_TOLERANCE_CELLS = 1e-6
 class BEVAffineConfig(StrictModel):
     """Ranges that :meth:`BEVAffine.sample` draws from; the default is no augmentation.
 
-    Published choices:
-
-    - exact on cached maps (symmetric grid): ``flip: true, quarter_turns: true``
-    - UniDistill (arXiv 2303.15083): ``flip: true, rotation_deg: [-45, 45], scale: [0.9, 1.1], translation_std_m: 0.5``
-    - BEVDepth (arXiv 2206.10092): ``flip: true, rotation_deg: [-22.5, 22.5], scale: [0.95, 1.05]``
+    ``flip`` and ``quarter_turns`` are exact on cached maps of a symmetric grid. Published ranges: see
+    ``bevkd.data.augment.PRESETS``.
 
     Attributes:
         flip: mirror x and y, each with probability 0.5; "x" or "y" mirrors that one only, as grids that lie ahead want.
@@ -98,6 +100,35 @@ class BEVAffine:
                 normal[2] * config.translation_std_m,
             ),
         )
+
+    @classmethod
+    def from_matrix(cls, matrix: Float[Tensor, "n n"]) -> BEVAffine:
+        """Return the affine of a 4x4 ``augmented_from_canonical`` in metres, or of a 3x3 one without shift.
+
+        Rotations within a microradian of quarter turns, and scales that near to 1, are taken for exact ones.
+
+        Raises:
+            ContractError: the matrix shears, tilts, or scales axes differently: maps cannot follow it.
+        """
+        values = torch.eye(4, dtype=torch.float64)
+        values[: len(matrix), : len(matrix)] = matrix.detach().to("cpu", torch.float64)
+        scale, flip = float(values[2, 2]), bool(values[:2, :2].det() < 0)
+        cos, sin = (-values[0, 0] if flip else values[0, 0]), values[1, 0]
+        angle, one = math.atan2(float(sin), float(cos)), abs(scale - 1) < _EXACT
+        quarter = round(angle / (math.pi / 2)) * (math.pi / 2)
+        x, y, z = values[:3, 3].tolist()
+        found = cls(
+            flip_x=flip,
+            rotation_rad=quarter if abs(angle - quarter) < _EXACT else angle,
+            scale=1.0 if one else scale,
+            translation_m=(-x if flip else x, y, z),
+        )
+        if len(matrix) not in (3, 4) or scale <= 0 or not torch.allclose(found.matrix(), values, rtol=0, atol=1e-4):
+            raise ContractError(
+                "a BEV augmentation must be a 3x3 or 4x4 matrix that turns about z, scales all axes alike, mirrors "
+                f"and shifts; this one is {matrix.tolist()}. Leave shears and tilts out of the augmentation."
+            )
+        return found
 
     def inverse(self) -> BEVAffine:
         """Return ``canonical_from_augmented`` in the same form."""
@@ -221,9 +252,15 @@ class BEVAffine:
         return (x * cos, -x * sin), (y * sin, y * cos)
 
     def _rearrange(self, maps: Tensor) -> Tensor:
-        """Return ``[*, Y, X]`` maps with their cells moved; only for affines that are exact on the grid."""
-        turned = torch.rot90(maps, round(self.rotation_rad / (math.pi / 2)), dims=(-1, -2))
-        return turned.flip([dim for dim, flip in ((-1, self.flip_x), (-2, self.flip_y)) if flip])
+        """Return ``[*, Y, X]`` maps with their cells moved; only for affines that are exact on the grid.
+
+        A quarter turn is a transposition and a flip, so that one copy at most is made.
+        """
+        quarters = round(self.rotation_rad / (math.pi / 2)) % 4
+        flips = ((-1, self.flip_x != (quarters in (1, 2))), (-2, self.flip_y != (quarters in (2, 3))))
+        dims = [dim for dim, flip in flips if flip]
+        turned = maps.mT if quarters % 2 else maps
+        return turned.flip(dims) if dims else turned
 
     def _source_cells(self, grid: BEVGrid) -> tuple[Float[Tensor, "Y X 2"], Bool[Tensor, "Y X"]]:
         """Return where each augmented cell centre lies in the canonical map, in cells (column, row), and if inside.
@@ -260,7 +297,12 @@ class BEVAffine:
 def warp_maps(
     canonical: Float[Tensor, "B C Y X"], affines: Sequence[BEVAffine], grid: BEVGrid
 ) -> tuple[Float[Tensor, "B C Y X"], Bool[Tensor, "B 1 Y X"]]:
-    """Return each sample's map warped by its own affine, and validity; see :meth:`BEVAffine.warp_map`."""
+    """Return each sample's map warped by its own affine, and validity; see :meth:`BEVAffine.warp_map`.
+
+    Where no affine moves a cell this is ``canonical`` itself.
+    """
+    if all(affine.is_grid_exact(grid) and affine.matrix()[:2, :2].equal(_UNMOVED) for affine in affines):
+        return canonical, canonical.new_ones(len(canonical), 1, *grid.shape, dtype=torch.bool)
     warped = [affine.warp_map(sample, grid) for affine, sample in zip(affines, canonical, strict=True)]
     return torch.stack([maps for maps, _ in warped]), torch.stack([valid for _, valid in warped])
 

@@ -16,6 +16,9 @@ from bevkd.types import Instances
 _SLACK_PX = 1e-3
 """Products of scales and sizes miss whole pixels by rounding."""
 
+_OUTSIDE = 2.0
+"""Where ``grid_sample`` is told to look for pixels that no mask covers."""
+
 
 def shrink(mask: Bool[Tensor, "h w"], rows: int, columns: int) -> Bool[Tensor, "r c"]:
     """Return the mask on ``rows`` x ``columns`` cells: what it is at the centre of each."""
@@ -56,21 +59,21 @@ def move_instances(
     pixel centre any more is left out.
 
     Args:
-        target_from_source: pixel transform of each camera: scales, shifts and mirrors, but no turns.
+        target_from_source: affine pixel transform of each camera.
         size: height and width of the target images, beyond which nothing reaches; None means no limit.
     """
     moved, boxes, masks = [], [], []
     matrices = target_from_source.double().cpu()[instances.cameras.cpu()]
-    corners = instances.boxes.double().cpu().view(-1, 2, 2)
-    corners = corners @ matrices[:, :2, :2].mT + matrices[:, None, :2, 2]
+    sources = instances.boxes.double().cpu()
     for index, mask in enumerate(instances.masks):
-        left, top, grid = pixel_grid(corners[index].flatten().tolist(), size)
+        left, top, grid = _moved_grid(sources[index], matrices[index], size)
         if not grid.numel():
             continue
         found = functional.grid_sample(
             mask[None, None].float(), grid[None].to(mask.device), padding_mode="border", align_corners=False
         )
-        tight = tighten(found[0, 0] >= 0.5, left, top)
+        within = (grid != _OUTSIDE).all(dim=-1).to(mask.device)
+        tight = tighten((found[0, 0] >= 0.5) & within, left, top)
         if tight is not None:
             moved.append(index)
             masks.append(tight[0])
@@ -78,6 +81,29 @@ def move_instances(
     kept = torch.tensor(moved, dtype=torch.int64, device=instances.boxes.device)
     fitted = instances.boxes.new_tensor(boxes).view(-1, 4)
     return Instances(instances.cameras[kept], fitted, instances.labels[kept], instances.scores[kept], tuple(masks))
+
+
+def _moved_grid(
+    box: Float[Tensor, "4"], target_from_source: Float[Tensor, "3 3"], size: tuple[int, int] | None
+) -> tuple[int, int, Float[Tensor, "rows columns 2"]]:
+    """Return the first pixel of what a moved box spans, and where ``grid_sample`` finds each pixel in the box's mask.
+
+    If the transform turns, pixels outside of the box are among them: their position is ``_OUTSIDE``.
+    """
+    linear, shift = target_from_source[:2, :2], target_from_source[:2, 2]
+    corners = box.view(2, 2)
+    if linear[0, 1] == 0 and linear[1, 0] == 0:
+        return pixel_grid((corners @ linear.T + shift).flatten().tolist(), size)
+    low, high = corners
+    around = torch.cartesian_prod(box[[0, 2]], box[[1, 3]]) @ linear.T + shift
+    left, top, grid = pixel_grid([*around.amin(dim=0).tolist(), *around.amax(dim=0).tolist()], size)
+    rows, columns = grid.shape[:2]
+    across, down = (torch.arange(n, dtype=torch.float64) + first + 0.5 for n, first in ((columns, left), (rows, top)))
+    centres = torch.stack(torch.meshgrid(across, down, indexing="xy"), dim=-1)
+    source = (centres - shift) @ torch.linalg.inv(linear).T
+    positions = (source - low) / (high - low) * 2 - 1
+    outside = (positions.abs() > 1).any(dim=-1, keepdim=True)
+    return left, top, torch.where(outside, _OUTSIDE, positions).float()
 
 
 def pixel_grid(box: Sequence[float], size: tuple[int, int] | None) -> tuple[int, int, Float[Tensor, "rows columns 2"]]:

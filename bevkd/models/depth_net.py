@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from bevkd.geometry.inverse import inverse_3x3, inverse_affine
 from bevkd.models.bev_encoder import conv_bn_relu
 from bevkd.models.bev_resnet import BasicBlock
 from bevkd.models.deform_conv import DeformConv2d
@@ -35,8 +36,8 @@ def camera_vector(
         bev_from_camera: with the BEV augmentation in it.
         augmentation: the BEV affine of each image's frame.
     """
-    original = torch.linalg.solve(view_from_original, intrinsics)
-    pose = torch.linalg.solve(augmentation, bev_from_camera)
+    original = inverse_3x3(view_from_original) @ intrinsics
+    pose = inverse_affine(augmentation) @ bev_from_camera
     parts = [
         torch.stack([original[:, 0, 0], original[:, 1, 1], original[:, 0, 2], original[:, 1, 2]], dim=1),
         view_from_original[:, :2, :].flatten(1),

@@ -65,6 +65,8 @@ def splat(
 
     Works in float32 whatever the precision around it: a cell sums over hundreds of pixels.
     """
+    if torch.onnx.is_in_onnx_export():
+        return _dense_splat(depth, context, cells, shape)
     B, _, C = context.shape
     per_frame = shape[0] * shape[1]
     offset = torch.arange(B, device=cells.device)[:, None, None] * per_frame
@@ -90,8 +92,41 @@ def scatter(
     """
     B, C = points.shape[0], points.shape[-1]
     per_frame = shape[0] * shape[1]
+    if torch.onnx.is_in_onnx_export():
+        return _element_scatter(points, cells, shape)
     inside = cells >= 0
     offset = torch.arange(B, device=cells.device)[:, None, None] * per_frame
     bev = points.new_zeros(B * per_frame, C, dtype=torch.float32)
     bev = bev.index_add(0, (cells + offset)[inside], points.float()[inside])
     return bev.view(B, *shape, C).permute(0, 3, 1, 2).contiguous()
+
+
+_EXPORTED_PIXELS = 1024
+"""Most pixels whose part of the matrix is written out at once in an exported graph: 67 MB on a grid of 128 x 128."""
+
+
+def _dense_splat(depth: Tensor, context: Tensor, cells: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return what :func:`splat` returns in operations that ONNX has, some pixels at a time.
+
+    ONNX knows no sparse matrices. Written out densely the matrix is multiplied faster than the frustum is scattered:
+    scattering with a sum goes element by element in onnxruntime (ScatterElements), or loses summands of cells that
+    several threads add to (ScatterND).
+    """
+    B, P, C = context.shape
+    last = shape[0] * shape[1]
+    index = torch.where(cells >= 0, cells, last)
+    bev = context.new_zeros(B, C, last)
+    for start in range(0, P, _EXPORTED_PIXELS):
+        part = slice(start, min(start + _EXPORTED_PIXELS, P))
+        matrix = depth.new_zeros(B, part.stop - part.start, last + 1).scatter_add(2, index[:, part], depth[:, part])
+        bev = bev + context[:, part].mT @ matrix[..., :last]
+    return bev.view(B, C, *shape)
+
+
+def _element_scatter(points: Tensor, cells: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return what :func:`scatter` returns in operations that ONNX has."""
+    B, C = points.shape[0], points.shape[-1]
+    last = shape[0] * shape[1]
+    index = torch.where(cells >= 0, cells, last).flatten(1)[..., None].expand(-1, -1, C)
+    bev = points.new_zeros(B, last + 1, C).scatter_add(1, index, points.flatten(1, 2))
+    return bev[:, :last].mT.reshape(B, C, *shape)

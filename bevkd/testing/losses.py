@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from bevkd.config import parse
@@ -105,11 +106,14 @@ class DistillLossTests:
         affine: BEVAffine = UNMOVED,
         empty: bool = False,
         dtype: torch.dtype = torch.float32,
+        spoilt: bool = False,
     ) -> tuple[dict[str, Tensor], DetectorOutput, DistillLoss]:
         context, config, loss = self._parts()
         batch = self._batch(context.student, frames, affine)
         output = self._output(context.student, len(frames), dtype)
         teacher = self._teacher(context.student, config, batch, empty)
+        if spoilt:
+            teacher = _SpoiltOutside(teacher.canonical, teacher.affines, teacher.grid)
         before = [value.clone() for value in _tensors(teacher.canonical)]
         terms = loss(output, teacher, batch)
         for value, copy in zip(_tensors(teacher.canonical), before, strict=True):
@@ -154,6 +158,13 @@ class DistillLossTests:
         terms = self._terms(affine=BEVAffine(flip_x=True, rotation_rad=0.4, scale=1.05))[0]
         check_terms(terms, least=0)
 
+    def test_cells_that_the_teacher_does_not_cover_are_not_read(self) -> None:
+        """Under a turn the corners of warped maps hold nothing: other values there change no term."""
+        affine = BEVAffine(rotation_rad=0.6, scale=0.9, translation_m=(3.0, -2.0, 0.1))
+        clean, spoilt = (self._terms(affine=affine, spoilt=each)[0] for each in (False, True))
+        for name, value in clean.items():
+            assert torch.equal(value, spoilt[name]), f"{name} reads cells that the mask of warped() leaves out"
+
     def test_frames_without_labels_or_boxes_are_no_fault(self) -> None:
         """A batch of one empty and one unlabelled frame gives finite terms that can be propagated."""
         terms, output, _ = self._terms(frames=(1, 2))
@@ -172,6 +183,17 @@ class DistillLossTests:
     def test_half_precision_maps_are_no_fault(self) -> None:
         """Losses run outside autocast: they widen what a student in half precision says."""
         check_terms(self._terms(dtype=torch.bfloat16)[0], least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _SpoiltOutside(TeacherBatch):
+    """A teacher whose warped maps hold nonsense where their mask is False."""
+
+    def warped(self, name: str) -> tuple[Tensor, Bool[Tensor, "B 1 Y X"]]:
+        values, covered = super().warped(name)
+        assert not bool(covered.all())
+        kept = covered[:, None] if values.ndim == 5 else covered
+        return torch.where(kept, values, 1e3), covered
 
 
 def _teach(student: Detector, frames: int = 1, seed: int = 0) -> dict[str, Tensor]:

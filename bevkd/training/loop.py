@@ -4,31 +4,59 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from torch import Tensor
 
 from bevkd.data.collate import Batch
 from bevkd.data.instances import ImageBatch, InstanceDataset
 from bevkd.data.join import TrainingDataset
-from bevkd.data.sampler import PositionSampler
-from bevkd.errors import TrainingError
+from bevkd.data.sampler import mix
+from bevkd.errors import CheckpointError, TrainingError, report
 from bevkd.models.detector import channels_last
 from bevkd.models.weights import save_weights
 from bevkd.progress import Progress
-from bevkd.training.checkpoint import Checkpoints
+from bevkd.training.average import MovingAverage
+from bevkd.training.batch_norm import synchronise
+from bevkd.training.checkpoint import Checkpoints, Snapshot
 from bevkd.training.config import TrainingConfig
+from bevkd.training.loader import batches
 from bevkd.training.objective import Objective, SegmenterObjective
+from bevkd.training.recompute import recompute_backbone
+from bevkd.training.schedule import learning_rate_factor
+from bevkd.training.stages import freeze, optimizer_of
 from bevkd.training.tracking import Tracker
+from bevkd.training.watch import LossWatch, Reading
+
+_TIMEOUT = timedelta(hours=1)
+"""That a process waits for another: longer than the first one may take to score an evaluation alone. A process that has
+died is noticed at once."""
+BEST_WEIGHTS = "best.safetensors"
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What an evaluation in the loop found.
+
+    Attributes:
+        score: the higher, the better; None if there is none, e.g. on frames without objects.
+        figures: for the log, by name.
+    """
+
+    score: float | None
+    figures: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -39,53 +67,30 @@ class TrainingResult:
         step_seconds: wall time per optimizer step.
         data_wait_fraction: share of it spent waiting for the loader.
         peak_memory_bytes: of the device; on a CPU the process's largest resident set.
+        best_step, best_score: of the evaluations in the loop; ``best.safetensors`` holds these weights.
     """
 
     steps: int
     step_seconds: float
     data_wait_fraction: float
     peak_memory_bytes: int
-
-
-def learning_rate_factor(config: TrainingConfig, step: int) -> float:
-    """Return the learning rate of ``step`` (from 0) relative to the peak."""
-    warmup = config.warmup * config.steps
-    if step < warmup:
-        rising = min((step + 1) / max(warmup, 1), 1.0)
-        return 0.04 + 0.96 * (1 - math.cos(math.pi * rising)) / 2 if config.schedule == "one_cycle" else rising
-    if config.schedule == "constant":
-        return 1.0
-    if config.schedule == "step":
-        passed = sum(step >= milestone * config.steps for milestone in config.milestones)
-        return float(0.1**passed)
-    falling = (step - warmup) / max(config.steps - warmup, 1)
-    return max((1 + math.cos(math.pi * falling)) / 2, 1e-4)
-
-
-class MovingAverage:
-    """Exponential moving average of a model's parameters; buffers are copied as they are."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        self._parameters = {name for name, _ in model.named_parameters()}
-
-    def update(self, model: nn.Module, step: int) -> None:
-        """Move towards ``model``; early steps count more, so that the random start is forgotten."""
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for name, value in model.state_dict().items():
-                if name in self._parameters:
-                    self.weights[name].lerp_(value.detach(), weight)
-                else:
-                    self.weights[name].copy_(value)
+    best_step: int | None = None
+    best_score: float | None = None
 
 
 class Trainer:
     """Trains an objective in a run folder and can go on where a killed run stopped.
 
     A run's losses depend on recipe and seed only: samples are a function of (seed, position), and a checkpoint holds
-    weights, optimizer, moving average, step and random state.
+    weights, optimizer, moving average, step and the random state of every process.
+
+    Args:
+        device: ``cpu`` keeps to the CPU where there is a GPU.
+        metadata: of the weight files.
+        facts: what a checkpoint says about its run, as JSON values; but for ``recipe``, a run that resumes it must
+            have the same.
+        validate: evaluates the model at a step and returns what it found, on the first process at least; called on
+            all of them, with the weights in place that the run would leave.
     """
 
     def __init__(
@@ -95,144 +100,266 @@ class Trainer:
         run: Path,
         device: str | None,
         metadata: Mapping[str, str],
+        facts: Mapping[str, Any] | None = None,
+        validate: Callable[[int], Validation | None] | None = None,
     ) -> None:
         self.config, self.run, self.metadata = config, run, dict(metadata)
-        self.accelerator = Accelerator(mixed_precision=config.precision, cpu=device == "cpu")
-        self.objective = objective
+        if config.deterministic:
+            _be_deterministic()
+        self.accelerator = Accelerator(
+            mixed_precision=config.precision,
+            cpu=device == "cpu",
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)],
+        )
+        # DDP and channels_last disagree about the strides of 1x1 kernels, which are the same memory.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        self.facts = {**(facts or {}), "processes": self.accelerator.num_processes}
+        self.objective, self.validate = objective, validate
         channels_last(objective)
-        trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+        if config.sync_batch_norm:
+            synchronise(objective)
+        if config.gradient_checkpointing:
+            recompute_backbone(objective.model)
+        self._frozen_norms = freeze(objective, config.frozen)
+        optimizer, self._factors = optimizer_of(objective, config)
         self.model, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        for part in ("bev_encoder", "head") if config.compile else ():
+            if hasattr(objective.model, part):
+                getattr(objective.model, part).compile()
         self.average = MovingAverage(objective.model, config.ema) if config.ema else None
         self.checkpoints = Checkpoints(run / "checkpoints", config.keep)
+        self.watch, self.best = LossWatch(config.diverged), (0, -math.inf)
         self.step = 0
+        self._parent = os.getppid()
+        if self.accelerator.process_index:  # else all processes would drop out the same units
+            torch.manual_seed(mix(config.seed, self.accelerator.process_index))
+
+    # -------------------------------------------------------------------------------------------- checkpoints
 
     def resume(self) -> int:
-        """Load the newest checkpoint, if there is one, and return the step to go on from."""
-        found = self.checkpoints.load_latest(self.accelerator.device)
+        """Load the newest checkpoint, if there is one, and return the step to go on from.
+
+        Raises:
+            CheckpointError: it is damaged, of another run, or of another version of bevkd.
+        """
+        found = self.checkpoints.load_latest()
         if found is None:
             return 0
-        self.step, state = found
-        self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.average is not None:
-            self.average.weights = state["average"]
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["random"]["cpu"].cpu())
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all([each.cpu() for each in state["random"]["cuda"]])
-        return self.step
+        step, state = found
+        try:
+            self._refuse_foreign(step, state["facts"])
+            self.objective.load_state_dict(state["objective"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.average is not None:
+                for name, value in self.average.weights.items():
+                    value.copy_(state["average"][name])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.watch.recent.extend(state["losses"]["recent"])
+            self.watch.above = state["losses"]["above"]
+            self.best = (state["best"]["step"], state["best"]["score"])
+            _set_random_state(state["random"][self.accelerator.process_index])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"checkpoint {self.checkpoints.path(step)} does not fit this run: {error}. It is of another recipe or "
+                "of an older bevkd. Train again in another --out, or resume with the version that wrote it."
+            ) from error
+        self.step = step
+        return step
+
+    def _refuse_foreign(self, step: int, there: Mapping[str, Any]) -> None:
+        different = [
+            f"{key}: {there.get(key)} there, {here} here"
+            for key, here in self.facts.items()
+            if key != "recipe" and there.get(key) != here
+        ]
+        if different:
+            headline = f"checkpoint {self.checkpoints.path(step)} is of another run; choose another --out:"
+            raise report(CheckpointError, headline, different)
+
+    def _snapshot(self) -> Snapshot:
+        """Return what a checkpoint holds; all processes take part."""
+        scaler = self.accelerator.scaler
+        state = {
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.weights if self.average else {},
+            "scaler": scaler.state_dict() if scaler is not None else {},
+            "random": gather_object([_random_state()]),
+            "losses": {"recent": list(self.watch.recent), "above": self.watch.above},
+            "best": {"step": self.best[0], "score": self.best[1]},
+            "facts": self.facts,
+        }
+        return Snapshot(self.final_weights(), self.metadata, state, self.facts)
+
+    # -------------------------------------------------------------------------------------------- the loop
 
     def train(self, dataset: TrainingDataset | InstanceDataset, progress: Progress) -> TrainingResult:
-        """Run the remaining steps, write ``model.safetensors`` and return what they cost."""
-        main = self.accelerator.is_main_process
+        """Run the remaining steps, write ``model.safetensors`` and return what they cost.
+
+        Raises:
+            TrainingError: the loss or its gradient is not finite, or the loss diverges.
+        """
+        config, accelerator = self.config, self.accelerator
+        main = accelerator.is_main_process
+        if main:
+            self.checkpoints.clear()
         tracker = Tracker(self.run, self.step) if main else None
         seconds: list[float] = []
         waits: list[float] = []
-        batches = self._batches(dataset)
-        self.model.train()
+        loaded = batches(
+            dataset,
+            self.objective,
+            config,
+            self.step,
+            accelerator.device,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        self._train_mode()
         try:
-            with progress.task("training", self.config.steps, "step", done=self.step) as task:
-                while self.step < self.config.steps:
+            with progress.task("training", config.steps, "step", done=self.step) as task:
+                while self.step < config.steps:
                     started = time.perf_counter()
-                    terms, waited = self._step(batches)
+                    figures, waited = self._step(loaded)
                     seconds.append(time.perf_counter() - started)
                     waits.append(waited)
-                    loss = sum(terms.values())
-                    task.advance(loss=loss, data_wait=waited / seconds[-1])
-                    if tracker and (self.step % self.config.log_every == 0 or self.step == self.config.steps):
-                        rate = self.optimizer.param_groups[0]["lr"]
-                        tracker.log(self.step, {"loss": loss, **terms, "learning_rate": rate, "seconds": seconds[-1]})
-                    every = self.config.checkpoint_every
-                    if main and (self.step == self.config.steps or (every and self.step % every == 0)):
-                        self.checkpoints.save(self.step, self._state())
+                    task.advance(loss=figures["loss"], data_wait=waited / seconds[-1])
+                    found = self._validate() if self._due(config.evaluate_every) and self.validate else {}
+                    if tracker and (found or self.step % config.log_every == 0 or self.step == config.steps):
+                        tracker.log(self.step, {**figures, "seconds": seconds[-1], **found})
+                    if self._due(config.checkpoint_every) or self.step == config.steps:
+                        snapshot = self._snapshot()
+                        if main:
+                            self.checkpoints.save(self.step, snapshot)
         finally:
             if tracker:
                 tracker.close()
         if main:
             save_weights(self.run / "model.safetensors", self.final_weights(), self.metadata)
-        self.accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()
         return self._result(seconds, waits)
 
     def final_weights(self) -> dict[str, Tensor]:
         """Return the model's weights, averaged if the run averages; no distillation module is among them."""
         return self.average.weights if self.average else self.objective.model.state_dict()
 
-    def _step(self, batches: Iterator[Batch | ImageBatch]) -> tuple[dict[str, float], float]:
-        """Take one optimizer step; return its loss terms and the seconds spent waiting for data."""
+    def _due(self, every: int) -> bool:
+        """Return whether this step is one of every so many; the last one always is."""
+        return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
+
+    def _train_mode(self) -> None:
+        self.model.train()
+        for norm in self._frozen_norms:
+            norm.eval()
+
+    def _step(self, loaded: Iterator[Batch | ImageBatch]) -> tuple[dict[str, float], float]:
+        """Take one optimizer step; return its figures and the seconds spent waiting for data."""
         config, waited = self.config, 0.0
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * learning_rate_factor(config, self.step)
-        sums: dict[str, float] = {}
+        if os.getppid() != self._parent and "TORCHELASTIC_RUN_ID" in os.environ:
+            raise TrainingError("torchrun has ended without its processes. Start it again with --resume.")
+        factor = learning_rate_factor(config, self.step)
+        for group, own in zip(self.optimizer.param_groups, self._factors, strict=True):
+            group["lr"] = config.learning_rate * factor * own
+        passes: list[Tensor] = []
+        tokens: list[Sequence[str]] = []
+        names: tuple[str, ...] = ()
         for micro in range(config.accumulation):
             started = time.perf_counter()
-            batch = next(batches)
+            batch = next(loaded)
             waited += time.perf_counter() - started
-            batch = batch.to(self.accelerator.device)
             last = micro == config.accumulation - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 with self.accelerator.autocast():
                     terms: dict[str, Tensor] = self.model(batch)
-                loss = torch.stack([*terms.values()]).sum()
-                self._refuse_non_finite(terms, loss, batch)
-                self.accelerator.backward(loss / config.accumulation)
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach()) / config.accumulation
-        self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
+                self.accelerator.backward(torch.stack([*terms.values()]).sum() / config.accumulation)
+            names = tuple(terms)
+            passes.append(torch.stack([value.detach().float() for value in terms.values()]))
+            tokens.append(batch.tokens)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
         if self.average is not None:
             self.average.update(self.objective.model, self.step)
-        return sums, waited
+        reading = self._read(names, passes, norm)
+        self._refuse_to_go_on(reading, tokens)
+        terms_now = reading.means()
+        figures = {"loss": sum(terms_now.values()), **terms_now, "learning_rate": config.learning_rate * factor}
+        if math.isfinite(reading.gradient_norm):  # with fp16 it may not be, and the step was left out
+            figures["gradient_norm"] = reading.gradient_norm
+        return figures, waited
 
-    def _refuse_non_finite(self, terms: Mapping[str, Tensor], loss: Tensor, batch: Batch | ImageBatch) -> None:
-        if bool(torch.isfinite(loss)):
-            return
-        bad = ", ".join(name for name, value in terms.items() if not bool(torch.isfinite(value)))
+    def _read(self, names: tuple[str, ...], passes: Sequence[Tensor], norm: Tensor) -> Reading:
+        """Return what all processes found, fetched from the device at once: the only wait for it in a step."""
+        here = torch.cat([*passes, norm.detach().float().reshape(1)])
+        everywhere = self.accelerator.gather(here[None]).tolist()
+        count = len(names)
+        values = [[own[start : start + count] for start in range(0, len(own) - 1, count)] for own in everywhere]
+        return Reading(names, values, everywhere[0][-1])
+
+    def _refuse_to_go_on(self, reading: Reading, tokens: Sequence[Sequence[str]]) -> None:
+        """Stop on every process with the same error, before anything of this step is kept."""
+        advice = "Train again in another --out with a lower training.learning_rate"
+        if bad := reading.not_finite():
+            frames = gather_object([tokens])
+            terms = ", ".join(dict.fromkeys(name for names in bad.values() for name in names))
+            where = ", ".join(token for process, micro in bad for token in frames[process][micro])
+            raise TrainingError(
+                f"loss is not finite at step {self.step} (terms: {terms}; frames: {where}). {self._last_good()} "
+                f"{advice} or a lower weight of that term."
+            )
+        if not math.isfinite(reading.gradient_norm) and self.accelerator.scaler is None:
+            where = ", ".join(token for own in gather_object([tokens]) for batch in own for token in batch)
+            raise TrainingError(
+                f"the gradient is not finite at step {self.step}, though the loss is (frames: {where}). "
+                f"{self._last_good()} {advice} or in another training.precision."
+            )
+        loss = sum(reading.means().values())
+        if self.watch.diverges(loss):
+            where = ", ".join(token for own in gather_object([tokens]) for batch in own for token in batch)
+            raise TrainingError(
+                f"loss diverges: {loss:.4g} at step {self.step}, for {self.watch.above} steps above "
+                f"{self.config.diverged:g} times its median (frames of the last: {where}). {self._last_good()} "
+                f"{advice}, or raise training.diverged."
+            )
+
+    def _last_good(self) -> str:
         steps = self.checkpoints.steps()
-        good = f"The last good checkpoint is of step {steps[-1]}." if steps else "There is no checkpoint yet."
-        raise TrainingError(
-            f"loss is not finite at step {self.step + 1} (terms: {bad}; frames: {', '.join(batch.tokens)}). {good} "
-            "Train again in another --out with a lower training.learning_rate or a lower weight of that term."
-        )
+        return f"The last good checkpoint is of step {steps[-1]}." if steps else "There is no checkpoint yet."
 
-    def _batches(self, dataset: TrainingDataset | InstanceDataset) -> Iterator[Batch | ImageBatch]:
-        config, accelerator = self.config, self.accelerator
-        per_step = config.batch_size * config.accumulation * accelerator.num_processes
-        sampler = PositionSampler(
-            self.step * per_step,
-            config.steps * per_step,
-            config.batch_size,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
-        loader: DataLoader[Any] = DataLoader(
-            dataset,
-            batch_size=config.batch_size,
-            sampler=sampler,
-            num_workers=config.workers,
-            collate_fn=self.objective.collate,
-            # Its own, so that starting to load draws nothing from the random state that a checkpoint restores.
-            generator=torch.Generator(),
-            pin_memory=accelerator.device.type == "cuda",
-            worker_init_fn=_one_thread,
-            multiprocessing_context="fork" if config.workers else None,
-        )
-        return iter(loader)
+    # -------------------------------------------------------------------------------------------- evaluation
 
-    def _state(self) -> dict[str, Any]:
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        scaler = self.accelerator.scaler
-        return {
-            "objective": self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average.weights if self.average else {},
-            "scaler": scaler.state_dict() if scaler is not None else {},
-            "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
-            "metadata": self.metadata,
-        }
+    def _validate(self) -> dict[str, float]:
+        """Return the figures of an evaluation, and keep the weights if they are the best so far."""
+        assert self.validate is not None
+        random = _random_state()
+        with self._final_weights_in_place():
+            found = self.validate(self.step)
+        _set_random_state(random)
+        self._train_mode()
+        (score,) = broadcast_object_list([found.score if found else None])
+        if score is not None and score > self.best[1]:
+            self.best = (self.step, score)
+            snapshot = self._snapshot()
+            if self.accelerator.is_main_process:
+                self.checkpoints.save(self.step, snapshot, best=True)
+                save_weights(self.run / BEST_WEIGHTS, snapshot.weights, self.metadata)
+        return dict(found.figures) if found else {}
+
+    @contextlib.contextmanager
+    def _final_weights_in_place(self) -> Iterator[None]:
+        """Give the model the weights that the run would leave now, for a while."""
+        if self.average is None:
+            yield
+            return
+        model = self.objective.model
+        training = {name: value.clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(self.average.weights)
+        try:
+            yield
+        finally:
+            model.load_state_dict(training)
 
     def _result(self, seconds: list[float], waits: list[float]) -> TrainingResult:
         device = self.accelerator.device
@@ -242,10 +369,23 @@ class Trainer:
             unit = 1 if sys.platform == "darwin" else 1024
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         middle = sorted(seconds)[len(seconds) // 2] if seconds else 0.0
-        return TrainingResult(len(seconds), middle, sum(waits) / sum(seconds) if seconds else 0.0, peak)
+        waiting = sum(waits) / sum(seconds) if seconds else 0.0
+        return TrainingResult(len(seconds), middle, waiting, peak, *(self.best if self.best[0] else (None, None)))
 
 
-def _one_thread(worker: int) -> None:
-    """Keep a loader process from competing with the training process for cores."""
-    del worker
-    torch.set_num_threads(1)
+def _random_state() -> dict[str, Tensor]:
+    """Return the state from which this process draws, e.g. for dropout."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _set_random_state(state: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def _be_deterministic() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

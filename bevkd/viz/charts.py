@@ -41,6 +41,42 @@ def draw_curves(
     return figure
 
 
+def draw_costs(costs: Mapping[str, Mapping[str, float]], *, width_px: int = 900, height_px: int = 360) -> Figure:
+    """Return one chart per cost, each with a bar per way of training and its value on it.
+
+    Args:
+        costs: by what the cost is and its unit; values by the way's name, of which ``plain`` has the colour of plain
+            students, ``cached`` of distilled ones and ``online`` of teachers.
+    """
+    figure = new_figure(width_px, height_px)
+    each = width_px / max(1, len(costs))
+    for place, (title, values) in enumerate(costs.items()):
+        plot_costs(axes_at(figure, place * each + 60, 44, each - 80, height_px - 84), values, title)
+    return figure
+
+
+def plot_costs(axes: Axes, values: Mapping[str, float], title: str) -> None:
+    """Draw a bar per way of training, with its value on it."""
+    roles: dict[str, Role] = {"plain": "student", "cached": "distilled", "online": "teacher"}
+    colors = [ROLE_COLORS[roles[name]] for name in values]
+    axes.bar(range(len(values)), list(values.values()), width=0.6, color=colors, linewidth=0, zorder=2)
+    for place, value in enumerate(values.values()):
+        axes.annotate(
+            f"{value:.3g}",
+            (place, value),
+            (0, 2),
+            textcoords="offset points",
+            ha="center",
+            fontsize=SMALL_PT,
+            color=INK,
+        )
+    axes.set_xticks(range(len(values)), list(values))
+    axes.margins(y=0.12)
+    axes.set_ylim(bottom=0)
+    style_chart(axes, title)
+    axes.tick_params(axis="x", length=0, labelcolor=INK)
+
+
 def plot_ap(axes: Axes, ap: Mapping[Role, Mapping[str, float]]) -> None:
     """Draw grouped bars, the mean first and set apart, with values in percent on them."""
     names = list(dict.fromkeys(name for scores in ap.values() for name in scores))

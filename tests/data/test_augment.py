@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bevkd.data.augment import AugmentConfig, ImageAugment, apply_affine, draw_view, scale_brightness
+from bevkd.config import read_yaml
+from bevkd.data.augment import PRESETS, AugmentConfig, ImageAugment, apply_affine, draw_view, scale_brightness
 from bevkd.data.images import ImageView
+from bevkd.data.source import Sensor
 from bevkd.geometry.affine import BEVAffine
 from bevkd.geometry.boxes import corners_3d, points_in_boxes
+from bevkd.grid import BEVGrid
+from bevkd.testing.frames import MadeUpFrames
 from bevkd.types import Boxes, Frame, Rig
 from tests.geometry.strategies import affines, random_boxes, seeds
 
@@ -139,6 +147,96 @@ def test_views_are_a_function_of_the_generator() -> None:
     assert first == again
 
 
+def test_turns_reach_the_whole_range_and_change_nothing_else() -> None:
+    plain = ImageAugment(zoom=(0.8, 1.2), shift=True, flip=True)
+    turning = plain.model_copy(update={"rotation_deg": (-5.4, 5.4)})
+    views = [draw_view((900, 1600), 256, 704, turning, generator(seed)) for seed in range(200)]
+    degrees = [math.degrees(view.rotation_rad) for view in views]
+    assert -5.4 <= min(degrees) < -5
+    assert 5 < max(degrees) <= 5.4
+    upright = [replace(view, rotation_rad=0.0) for view in views]
+    assert upright == [draw_view((900, 1600), 256, 704, plain, generator(seed)) for seed in range(200)]
+
+
+IMAGE_SIZE, VIEW_SIZE = (90, 160), (48, 96)
+VIEWS = AugmentConfig.model_validate("unidistill").image
+
+
+@given(seeds(), affines())
+def test_what_a_camera_sees_of_points_and_radar_moves_with_its_image(
+    source: torch.Generator, affine: BEVAffine
+) -> None:
+    grid = BEVGrid(x_m=(-40, 40), y_m=(-40, 40), cell_m=1)
+    frames = MadeUpFrames(("car",), grid, points=200, cameras=3, image_size=IMAGE_SIZE)
+    sensors: frozenset[Sensor] = frozenset({"camera", "previous_camera", "lidar", "radar"})
+    views = {name: draw_view(size, *VIEW_SIZE, VIEWS, source) for name, size in frames.image_sizes("frame-0").items()}
+    before = frames.load("frame-0", sensors)
+    after = apply_affine(frames.load("frame-0", sensors, views), affine)
+    assert before.rig is not None
+    assert after.rig is not None
+    assert len(after.rig.names) == 6
+    for kind in ("points", "radar"):
+        for camera, name in enumerate(after.rig.names):
+            old, depth = pixels(getattr(before, kind)[:, :3], before.rig, camera)
+            new, new_depth = pixels(getattr(after, kind)[:, :3], after.rig, camera)
+            matrix = views[name.removesuffix("@-1")].matrix().double()
+            clear = depth > 1.0
+            expected = old @ matrix[:2, :2].T + matrix[:2, 2]
+            torch.testing.assert_close(new[clear], expected[clear], atol=0.05, rtol=1e-3)
+            torch.testing.assert_close(new_depth, depth, atol=1e-3, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- presets
+
+
+@pytest.mark.parametrize(
+    ("recipe", "preset"),
+    [
+        ("nuscenes_bevdepth", "bevdepth"),
+        ("nuscenes_bevdepth_r101", "bevdepth"),
+        ("nuscenes_student", "unidistill"),
+        ("nuscenes_fusion", "unidistill"),
+    ],
+)
+def test_a_preset_is_what_the_recipe_of_its_paper_spells_out(recipe: str, preset: str) -> None:
+    path = Path(__file__).parents[2] / "pipeline" / "recipes" / f"{recipe}.yaml"
+    assert AugmentConfig.model_validate(read_yaml(path)["augment"]) == AugmentConfig.model_validate(preset)
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_a_preset_resolves_to_its_values(preset: str) -> None:
+    resolved = AugmentConfig.model_validate(preset).model_dump(mode="json")
+    assert set(resolved) == {"bev", "image"}
+    assert AugmentConfig.model_validate(resolved) == AugmentConfig.model_validate(preset)
+
+
+def test_an_unknown_preset_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(ValueError, match="'d5' is no preset; there are none, d4, bevdepth, unidistill"):
+        AugmentConfig.model_validate("d5")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"paste": {"car": 2}},
+        {"gt_paste": True},
+        {"gt_sampling": {}},
+        {"copy_paste": 1},
+        {"image": {"mosaic": True}},
+        {"bev": {"mixup": 0.2}},
+    ],
+    ids=str,
+)
+def test_mixing_frames_is_refused_with_the_reason(values: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="A cache holds what the teacher saw in each frame alone"):
+        AugmentConfig.model_validate(values)
+
+
+def test_other_unknown_keys_are_faults_as_everywhere() -> None:
+    with pytest.raises(ValueError, match="Extra inputs are not permitted"):
+        AugmentConfig.model_validate({"image": {"blur": 1}})
+
+
 # ---------------------------------------------------------------------------------------------- brightness
 
 
@@ -164,7 +262,9 @@ def test_without_brightness_images_are_untouched() -> None:
     assert scale_brightness(images, ImageAugment(), generator()) is images
 
 
-@pytest.mark.parametrize("values", [{"zoom": (1.2, 0.8)}, {"brightness": (1.0, -1.0)}, {"zoom": (0.0, 1.0)}])
+@pytest.mark.parametrize(
+    "values", [{"zoom": (1.2, 0.8)}, {"brightness": (1.0, -1.0)}, {"zoom": (0.0, 1.0)}, {"rotation_deg": (3.0, -3.0)}]
+)
 def test_ranges_that_are_none_are_refused(values: dict[str, tuple[float, float]]) -> None:
     with pytest.raises(ValueError, match=next(iter(values))):
         AugmentConfig(image=ImageAugment(**values))  # type: ignore[arg-type]

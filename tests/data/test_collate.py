@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from bevkd.data.collate import Sample, collate
 from bevkd.geometry.affine import BEVAffine
-from bevkd.types import Boxes, Frame, Rig
+from bevkd.types import Boxes, Frame, LidarDepth, Rig
 
 
 def boxes(count: int) -> Boxes:
@@ -71,10 +73,15 @@ def test_tokens_affines_and_stored_signals_keep_their_order() -> None:
 
 
 def test_moving_a_batch_moves_every_tensor() -> None:
-    batch = collate([sample("a", points=2, images=1, labels=1)]).to("meta")
+    depth = LidarDepth(torch.zeros(1, dtype=torch.int64), torch.zeros(1, 2), torch.ones(1))
+    batch = replace(collate([sample("a", points=2, images=1, labels=1)]), lidar_depth=(depth,)).to("meta")
+    assert batch.lidar_depth is not None
     tensors: list[Tensor | None] = [batch.labelled, batch.points, batch.point_frame, batch.images, batch.intrinsics]
+    tensors += [batch.view_from_original, batch.lidar_depth[0].pixels, batch.lidar_depth[0].depth_m]
     tensors += [batch.bev_from_camera, batch.boxes[0].values, batch.boxes[0].labels, batch.boxes[0].scores]
     assert batch.stored is not None
     tensors.append(batch.stored["teacher"]["bev_low"])
     assert {str(tensor.device) for tensor in tensors if tensor is not None} == {"meta"}
     assert None not in tensors
+    assert batch.tokens == ("a",)
+    assert batch.affines == (BEVAffine(rotation_rad=1.0),)

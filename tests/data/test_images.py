@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,12 +47,13 @@ def expected(view: ImageView) -> tuple[np.ndarray, np.ndarray]:
     left=st.integers(-60, 120),
     top=st.integers(-60, 120),
     flip=st.booleans(),
+    rotation_rad=st.one_of(st.just(0.0), st.floats(-4, 4)),
     suffix=st.sampled_from(["png", "jpg"]),
 )
 def test_pixels_lie_where_the_matrix_puts_them(
-    folder: Path, scale: float, left: int, top: int, flip: bool, suffix: str
+    folder: Path, scale: float, left: int, top: int, flip: bool, rotation_rad: float, suffix: str
 ) -> None:
-    view = ImageView(90, 110, scale, left, top, flip)
+    view = ImageView(90, 110, scale, left, top, flip, rotation_rad)
     pixels = read_image(folder / f"image.{suffix}", view)
     assert pixels.shape == (3, 90, 110)
     assert pixels.dtype == torch.uint8
@@ -83,6 +86,34 @@ def test_a_flip_mirrors_the_crop(folder: Path) -> None:
         read_image(folder / "image.jpg", ImageView(64, 100, 0.5, left=20, top=10, flip=flip)) for flip in (False, True)
     )
     assert torch.equal(mirrored, plain.flip(2))
+
+
+def test_a_turn_is_counter_clockwise_about_the_centre_of_the_view() -> None:
+    view = ImageView(60, 100, 0.5, left=10, top=20, rotation_rad=math.pi / 2)
+    upright = replace(view, rotation_rad=0.0).matrix()
+    centre, right_of_it = torch.tensor([[50.0, 60.0], [30.0, 30.0], [1.0, 1.0]]).T
+    turned = view.matrix() @ torch.linalg.inv(upright)
+    torch.testing.assert_close(turned @ centre, centre)
+    torch.testing.assert_close(turned @ right_of_it, torch.tensor([50.0, 20.0, 1.0]))
+
+
+def test_pixels_that_a_turn_brings_in_from_outside_are_black(folder: Path) -> None:
+    view = ImageView(HEIGHT, WIDTH, 1.0, rotation_rad=0.2)
+    shown = read_image(folder / "image.png", view)[2].numpy() > 0
+    x, y = np.meshgrid(np.arange(WIDTH) + 0.5, np.arange(HEIGHT) + 0.5)
+    u, v, _ = np.einsum("ij,jyx->iyx", np.linalg.inv(view.matrix().double().numpy()), np.stack([x, y, np.ones_like(x)]))
+    distance = np.minimum(np.minimum(u, WIDTH - u), np.minimum(v, HEIGHT - v))
+    assert shown[distance > 0.1].all()
+    assert not shown[distance < -0.1].any()
+
+
+@pytest.mark.parametrize("rotation_rad", [0.0, 0.1])
+def test_fine_patterns_become_grey_rather_than_another_pattern(tmp_path: Path, rotation_rad: float) -> None:
+    stripes = np.zeros((120, 120, 3), dtype=np.uint8)
+    stripes[:, ::2] = 254
+    Image.fromarray(stripes).save(tmp_path / "stripes.png")
+    seen = read_image(tmp_path / "stripes.png", ImageView(30, 30, 0.5, left=15, top=15, rotation_rad=rotation_rad))
+    assert (seen.float() - 127).abs().max() < 40  # single samples would reach from 0 to 254
 
 
 def test_grey_images_become_rgb(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bevkd.data.sampler import BlockShuffle, FrameOrder, PositionSampler, mix
+from bevkd.data.sampler import BlockShuffle, FrameOrder, PositionSampler, balance, mix
 
 LABELLED = tuple(f"l{i}" for i in range(7))
 UNLABELLED = tuple(f"u{i}" for i in range(31))
@@ -160,3 +160,31 @@ def test_a_block_shuffle_mixes_the_blocks_of_a_window() -> None:
     order = first(FrameOrder(TOKENS, (), None, 0, BLOCKS), 24)
     changes = sum(BLOCKS.blocks[one] != BLOCKS.blocks[other] for one, other in pairwise(order))
     assert changes > 10
+
+
+# ---------------------------------------------------------------------------------------------- balanced classes
+
+
+def test_every_class_is_as_often_the_reason_to_take_a_frame() -> None:
+    labels = {f"a{i}": {0} for i in range(90)} | {f"b{i}": {1} for i in range(9)} | {"c": {2}}
+    drawn = balance(labels, 3)
+    assert [sum(token.startswith(name) for token in drawn) for name in "abc"] == [33, 33, 33]
+    assert set(drawn) <= set(labels)
+    assert len({token for token in drawn if token.startswith("b")}) > 5
+
+
+def test_a_frame_of_several_classes_counts_for_each_of_them() -> None:
+    labels = {"both": {0, 5}, "one": {0}}
+    drawn = balance(labels, 0)
+    assert len(drawn) == 2
+    assert drawn[1] == "both"
+
+
+def test_frames_of_no_class_are_left_out_and_classes_of_no_frame_take_no_part() -> None:
+    assert set(balance({"car": {0}, "empty": set(), "cone": {7}}, 0)) == {"car", "cone"}
+    assert balance({"empty": set()}, 0) == ()
+
+
+def test_the_draw_is_that_of_its_seed() -> None:
+    labels = {str(index): {index % 3} for index in range(50)}
+    assert balance(labels, 1) == balance(labels, 1) != balance(labels, 2)

@@ -397,7 +397,7 @@ def test_a_run_keeps_its_detections_as_result_files_that_score_the_same(tmp_path
     found = {token: source.annotations(token) for token in source.tokens}
     (tmp_path / "detections").mkdir()
     (tmp_path / "detections" / "999999.txt").write_text("of an earlier run")
-    folder = metrics_of(source).save_detections(tmp_path, source, found)
+    folder = metrics_of(source).save_detections(tmp_path / "detections", source, found)
     assert sorted(path.stem for path in folder.iterdir()) == list(source.tokens)
     again = load_detections(folder, source)
     assert evaluate(source, again).to_json() == evaluate(source, found).to_json()

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional
 
+from bevkd.errors import ContractError
 from bevkd.geometry.affine import BEVAffine, BEVAffineConfig, warp_box_codes, warp_maps
 from bevkd.geometry.boxes import bev_corners
 from bevkd.grid import BEVGrid
@@ -27,6 +28,15 @@ def assert_same_boxes(ours: Boxes, expected: Boxes, atol: float = 1e-4) -> None:
     )
     for function in (torch.sin, torch.cos):
         torch.testing.assert_close(function(ours.yaw), function(expected.yaw), atol=atol, rtol=0)
+
+
+def test_maps_of_frames_that_stay_are_not_copied() -> None:
+    maps = torch.randn(2, 3, ROWS, COLUMNS)
+    lifted = BEVAffine(translation_m=(0.0, 0.0, 1.0))
+    warped, valid = warp_maps(maps, [BEVAffine.identity(), lifted], GRID)
+    assert warped is maps
+    assert valid.all()
+    assert warp_maps(maps, [BEVAffine.identity(), BEVAffine(flip_x=True)], GRID)[0] is not maps
 
 
 def random_code(generator: torch.Generator, tasks: int = 2) -> Tensor:
@@ -288,3 +298,33 @@ def test_a_grid_that_lies_ahead_is_mirrored_in_one_axis_only(flip: str, drawn: s
     config, generator = BEVAffineConfig.model_validate({"flip": flip}), torch.Generator().manual_seed(0)
     found = [BEVAffine.sample(config, generator) for _ in range(40)]
     assert {(affine.flip_x, affine.flip_y) for affine in found} == drawn
+
+
+# ---------------------------------------------------------------------------------------------- foreign matrices
+
+
+@given(affines())
+def test_an_affine_is_found_again_from_its_matrix(affine: BEVAffine) -> None:
+    found = BEVAffine.from_matrix(affine.matrix())
+    torch.testing.assert_close(found.matrix(), affine.matrix(), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("affine", D4)
+def test_symmetries_given_in_single_precision_stay_exact_on_maps(affine: BEVAffine) -> None:
+    linear = affine.matrix()[:3, :3].float() * (1 + 1e-7)
+    found = BEVAffine.from_matrix(linear)
+    assert found.is_grid_exact(GRID)
+    maps = torch.rand(1, ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found.warp_map(maps, GRID)[0], affine.warp_map(maps, GRID)[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [(0, 1, 0.1), (2, 2, 1.2), (0, 2, 0.1), (2, 0, 0.1), (3, 0, 1.0), (2, 2, -1.0)],
+    ids=["shear", "height scaled alone", "tilt", "tilt", "perspective", "upside down"],
+)
+def test_matrices_that_maps_cannot_follow_are_refused(change: tuple[int, int, float]) -> None:
+    matrix = BEVAffine(rotation_rad=0.4, translation_m=(1.0, 2.0, 0.5)).matrix()
+    matrix[change[0], change[1]] = change[2]
+    with pytest.raises(ContractError, match="Leave shears and tilts out"):
+        BEVAffine.from_matrix(matrix)

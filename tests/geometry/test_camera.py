@@ -48,9 +48,9 @@ def test_depths_are_of_the_points_that_the_cameras_see_and_of_no_others(seed: in
     assert len(set(zip(found.cameras.tolist(), nearest.indices.tolist(), strict=True))) == len(found)
 
 
-@given(st.integers(0, 1000), st.booleans(), st.floats(0.3, 1.5))
-def test_depths_move_as_the_pixels_of_their_images_do(seed: int, flip: bool, zoom: float) -> None:
-    view = ImageView(60, 100, zoom, left=7, top=5, flip=flip)
+@given(st.integers(0, 1000), st.booleans(), st.floats(0.3, 1.5), st.floats(-1, 1))
+def test_depths_move_as_the_pixels_of_their_images_do(seed: int, flip: bool, zoom: float, turn: float) -> None:
+    view = ImageView(60, 100, zoom, left=7, top=5, flip=flip, rotation_rad=turn)
     original = lidar_depth(scene(seed), LENS, poses(), SIZES)
     moved = move_depth(original, view.matrix().expand(2, 3, 3), 60, 100)
     direct = lidar_depth(scene(seed), view.matrix() @ LENS, poses(), torch.tensor([[60.0, 100.0]]).expand(2, 2))

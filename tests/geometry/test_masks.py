@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 
 from bevkd.data.images import ImageView
 from bevkd.geometry.masks import gather_cameras, move_instances, split_cameras, tighten
@@ -79,6 +82,35 @@ def test_an_enlarged_view_and_back_gives_the_same_pixels() -> None:
     back = move_instances(there, torch.linalg.inv(matrices(view)), (H, W))
     assert torch.equal(back.boxes, before.boxes)
     assert all(torch.equal(new, old) for new, old in zip(back.masks, before.masks, strict=True))
+
+
+@given(st.integers(0, 3), st.booleans(), st.integers(0, 15), st.integers(0, 25))
+def test_a_quarter_turn_of_the_view_turns_every_pixel_of_a_mask(quarters: int, flip: bool, top: int, left: int) -> None:
+    whole = blob(top, left, 8, 12)
+    view = ImageView(20, 20, 1.0, left=8, top=2, flip=flip, rotation_rad=quarters * math.pi / 2)
+    expected = whole[2:22, 8:28]
+    expected = torch.rot90(expected.flip(1) if flip else expected, quarters)
+    moved = move_instances(instances(whole), matrices(view), (20, 20))
+    shown = paste(moved, 20, 20).any(dim=0) if len(moved) else torch.zeros(20, 20, dtype=torch.bool)
+    assert torch.equal(shown, expected)
+
+
+@given(st.floats(-1, 1), st.floats(0.5, 2), st.booleans())
+def test_a_turned_mask_lies_where_its_pixels_went(turn: float, zoom: float, flip: bool) -> None:
+    whole = blob(6, 10, 12, 18)
+    view = ImageView(40, 50, zoom, left=-5, top=-4, flip=flip, rotation_rad=turn)
+    shown = paste(move_instances(instances(whole), matrices(view), (40, 50)), 40, 50).any(dim=0)
+    x, y = torch.meshgrid(torch.arange(50) + 0.5, torch.arange(40) + 0.5, indexing="xy")
+    back = torch.linalg.inv(view.matrix())
+    u, v = (back[row, 0] * x + back[row, 1] * y + back[row, 2] for row in (0, 1))
+    # The mask's edge is interpolated between pixels: a pixel's value is certain where its neighbours agree.
+    near = functional.pad(whole, (1, 1, 1, 1)).float()[None, None]
+    surely_in = -functional.max_pool2d(-near, 3, 1, 0)[0, 0] > 0
+    surely_out = functional.max_pool2d(near, 3, 1, 0)[0, 0] == 0
+    inside = (u >= 0) & (u < W) & (v >= 0) & (v < H)
+    cell = v.clamp(0, H - 1).long(), u.clamp(0, W - 1).long()
+    assert shown[inside & surely_in[cell]].all()
+    assert not shown[surely_out[cell] | ~inside].any()
 
 
 def test_a_mask_on_a_coarse_grid_is_spread_over_the_pixels_of_its_box() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bevkd.models.splat import _Splat, splat
+from bevkd.models.splat import _Splat, scatter, splat
 from tests.geometry.strategies import seeds
 
 
@@ -95,3 +95,16 @@ def test_half_precision_is_summed_in_float32() -> None:
 def test_the_same_input_gives_the_same_bits(P: int) -> None:
     inputs = scene(torch.Generator().manual_seed(2), P=P)
     assert torch.equal(splat(*inputs, (4, 6)), splat(*inputs, (4, 6)))
+
+
+def test_the_forms_for_export_give_the_same_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    depth, context = torch.rand(2, 1500, 5), torch.randn(2, 1500, 3)
+    cells = torch.randint(-1, 24, (2, 1500, 5))
+    points = depth[..., None] * context[:, :, None]
+    wanted = splat(depth, context, cells, (4, 6)), scatter(points, cells, (4, 6))
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    exported = splat(depth, context, cells, (4, 6)), scatter(points, cells, (4, 6))
+    for own, other in zip(exported, wanted, strict=True):
+        assert not torch.equal(own, torch.zeros_like(own))
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-4)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 import cli
 
@@ -226,6 +227,11 @@ def losses(run: Path) -> list[dict[str, float]]:
     """Return the loss fields of each line of a run's log: everything but the time that it took."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def weights_of(run: Path) -> dict[str, list[float]]:
+    """Return the values of a run's final weights by name."""
+    return {name: value.flatten().tolist() for name, value in load_file(run / "model.safetensors").items()}
 
 
 def tree(path: Path) -> dict[str, bytes]:

@@ -81,6 +81,25 @@ def test_a_finished_run_is_evaluated_again_to_the_same_scores(bevkd: Bevkd, run:
     assert again == json.loads((run / "result.json").read_text())["metrics"]
 
 
+def test_evaluation_in_the_loop_keeps_the_best_weights_and_changes_no_loss(
+    bevkd: Bevkd, world: Path, run: Path, tmp_path: Path
+) -> None:
+    bevkd.well(
+        "train-teacher", kit.write(tmp_path / "r.yaml", recipe(world, evaluate_every=3)), "--out", tmp_path / "run"
+    )
+    plain = kit.losses(run)
+    assert [line["loss"] for line in kit.losses(tmp_path / "run")] == [line["loss"] for line in plain]
+    assert json.loads((tmp_path / "run/result.json").read_text())["best_step"] in (3, plain[-1]["step"])
+    assert (tmp_path / "run/best.safetensors").exists()
+
+
+def test_balanced_classes_are_refused_for_images(bevkd: Bevkd, world: Path, tmp_path: Path) -> None:
+    path = kit.write(tmp_path / "recipe.yaml", recipe(world, balanced=True))
+    outcome = bevkd("train-teacher", path, "--out", tmp_path / "run")
+    assert outcome.code == 1
+    assert "training.balanced is for detectors" in outcome.err
+
+
 def test_an_interrupted_run_ends_as_if_it_had_not_been(bevkd: Bevkd, world: Path, run: Path, tmp_path: Path) -> None:
     path = kit.write(tmp_path / "recipe.yaml", recipe(world))
     begun = tmp_path / "run"

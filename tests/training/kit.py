@@ -75,6 +75,12 @@ class TinyFrames(Dataset[Sample]):
         return Sample(Frame(f"frame{index}", position, points, boxes=boxes), BEVAffine.identity(), {})
 
 
+class RemoteFrames(TinyFrames):
+    """Frames that come over a network."""
+
+    remote = True
+
+
 class Killed(Exception):  # noqa: N818  it is no error of anybody's
     """Stands for a signal: nothing after it runs."""
 

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from bevkd.data.collate import collate
 from bevkd.errors import TrainingError
 from bevkd.progress import Silent
+from bevkd.training.average import MovingAverage
 from bevkd.training.config import TrainingConfig
-from bevkd.training.loop import MovingAverage, learning_rate_factor
+from bevkd.training.loader import _start_method
 from bevkd.training.objective import Objective
+from bevkd.training.schedule import learning_rate_factor
 from bevkd.training.tracking import read_log
-from tests.training.kit import Killed, KilledAt, TinyDetector, TinyFrames, trainer, weights
+from tests.training.kit import Killed, KilledAt, RemoteFrames, TinyDetector, TinyFrames, trainer, weights
 
 
 def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
@@ -57,6 +59,12 @@ def test_after_the_warmup_the_rate_falls_along_a_cosine_towards_nothing(schedule
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 def test_the_other_schedules_warm_up_on_a_line(schedule: str) -> None:
     assert factors(schedule=schedule)[:20] == pytest.approx([(step + 1) / 20 for step in range(20)])
+
+
+def test_steps_of_the_rate_fall_to_a_tenth_at_each_milestone() -> None:
+    found = factors(schedule="step", milestones=(0.5, 0.8))
+    assert [found[step] for step in (19, 49, 50, 79, 80, 99)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert found[:20] == pytest.approx([(step + 1) / 20 for step in range(20)])
 
 
 def test_a_constant_rate_stays() -> None:
@@ -137,10 +145,44 @@ def test_the_same_seed_gives_the_same_run_bit_by_bit(tmp_path: Path) -> None:
     assert equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
+def test_a_deterministic_run_allows_no_other_operations_and_is_the_same_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    trainer(tmp_path / "plain").train(TinyFrames(), Silent())
+    try:
+        trainer(tmp_path / "deterministic", deterministic=True).train(TinyFrames(), Silent())
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert equal(weights(tmp_path / "plain"), weights(tmp_path / "deterministic"))
+
+
+def test_compiled_are_bev_encoder_and_head_and_no_weight_changes_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
+    run = trainer(tmp_path, compile=True)
+    assert compiled == [run.objective.model.head]  # the tiny detector has no BEV encoder
+    assert "head.shared.0.weight" in run.final_weights()
+
+
 def test_loader_processes_change_nothing(tmp_path: Path) -> None:
     for workers in (0, 2):
         trainer(tmp_path / str(workers), workers=workers).train(TinyFrames(), Silent())
     assert equal(weights(tmp_path / "0"), weights(tmp_path / "2"))
+
+
+@pytest.mark.slow
+def test_loader_processes_of_a_data_set_that_is_remote_change_nothing(tmp_path: Path) -> None:
+    trainer(tmp_path / "here", workers=0).train(TinyFrames(), Silent())
+    trainer(tmp_path / "remote", workers=1).train(RemoteFrames(), Silent())
+    assert equal(weights(tmp_path / "here"), weights(tmp_path / "remote"))
+
+
+def test_clients_of_object_stores_are_not_forked() -> None:
+    assert (_start_method(TinyFrames()), _start_method(RemoteFrames())) == ("fork", "forkserver")  # type: ignore[arg-type]
 
 
 def test_every_position_is_used_once_and_in_order(tmp_path: Path) -> None:

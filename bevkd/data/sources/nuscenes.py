@@ -118,6 +118,7 @@ class NuScenesSource:
     Attributes:
         skipped: key frames left out because of missing or damaged files (``skip_missing``).
         cameras: camera names, in the rig's order.
+        annotated: whether the version has annotations; the official test split has none, and no labelled frame then.
     """
 
     metrics: str | None = "nuscenes"
@@ -130,7 +131,8 @@ class NuScenesSource:
         self.skipped = skipped
         self.classes: tuple[str, ...] = config.classes
         self.tokens = tuple(index["frame_token"][row].decode() for row in rows)
-        self.labelled = labelled.intersection(self.tokens)
+        self.annotated = len(index["box_category"]) > 0
+        self.labelled = labelled.intersection(self.tokens) if self.annotated else frozenset()
         self.cameras = tuple(name for _, name in index.channels("camera"))
         self._label_of = np.array(
             [self.classes.index(name) if name in self.classes else -1 for name in index.meta["detection_names"]] or [-1]

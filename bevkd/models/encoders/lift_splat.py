@@ -19,6 +19,7 @@ from bevkd.config import StrictModel
 from bevkd.data.collate import Batch
 from bevkd.data.source import Sensor
 from bevkd.errors import ConfigError
+from bevkd.geometry.inverse import inverse_3x3, product_3x3
 from bevkd.grid import BEVGrid
 from bevkd.models.backbone import BackboneConfig, ImageNeck, Normalise, build_backbone
 from bevkd.models.depth_net import (
@@ -187,8 +188,10 @@ class LiftSplatEncoder(nn.Module):
         """Return the image position (u, v) that each feature cell stands for."""
         device = self.depths.device
         if self.config.frustum == "stretched":
-            u = torch.linspace(0, W * self.stride - 1, W, device=device)
-            v = torch.linspace(0, H * self.stride - 1, H, device=device)
+            # Products, not linspace: other runtimes round that differently, which moves points to other cells.
+            u, v = (
+                torch.arange(cells, device=device) * ((cells * self.stride - 1) / max(cells - 1, 1)) for cells in (W, H)
+            )
         else:
             u, v = ((torch.arange(cells, device=device) + 0.5) * self.stride for cells in (W, H))
         rows, columns = torch.meshgrid(v, u, indexing="ij")
@@ -196,7 +199,7 @@ class LiftSplatEncoder(nn.Module):
 
     def _cells(self, rays: Float[Tensor, "M P 3"], bev_from_camera: Float[Tensor, "M 4 4"]) -> Int[Tensor, "M P D"]:
         """Return the flat BEV cell of each pixel at each depth, -1 outside the grid's x, y and z range."""
-        rotated = torch.einsum("mij,mpj->mpi", bev_from_camera[:, :3, :3], rays)
+        rotated = product_3x3(bev_from_camera[:, None, :3, :3], rays)
         origin = bev_from_camera[:, None, :3, 3]
         x, y, z = (origin[..., i, None] + rotated[..., i, None] * self.depths for i in range(3))
         rows, columns = self.grid.shape
@@ -244,7 +247,7 @@ def _shots(batch: Batch, key_frames: int) -> list[_Shot]:
 def _rays(pixels: Float[Tensor, "P 2"], intrinsics: Float[Tensor, "M 3 3"]) -> Float[Tensor, "M P 3"]:
     """Return the camera-frame direction of each pixel, scaled to depth 1."""
     homogeneous = torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1)
-    return torch.einsum("mij,pj->mpi", torch.linalg.inv(intrinsics.float()), homogeneous)
+    return product_3x3(inverse_3x3(intrinsics.float())[:, None], homogeneous.expand(len(intrinsics), -1, -1))
 
 
 def build(config: Config, grid: BEVGrid) -> LiftSplatEncoder:
