@@ -545,12 +545,15 @@ def doctor(as_json: Json = False) -> None:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the world, runs and pictures.")] = Path("demo"),
     seed: Annotated[int, typer.Option(min=0, help="Of the training runs.")] = 0,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="A few drives and ten steps each: does all of it work here?")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Watch a camera student learn from a cached LiDAR teacher, on a generated world."""
     from pipeline.demo import run_demo
 
-    result = run_demo(out, seed, Bars(as_json))
+    result = run_demo(out, seed, Bars(as_json), rehearse)
     if as_json:
         print_json(result.to_json())
         return

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 ROLES: dict[str, Role] = {"teacher": "teacher", "plain": "student", "distilled": "distilled"}
 """Run folder of the demo, and the role it has in pictures."""
 
+_REHEARSED_DRIVES, _REHEARSED_STEPS = 8, 10
+
 STUDENTS = {"plain": "demo_student", "distilled": "demo_student_distilled"}
 """Run folder of each student, and its recipe."""
 
@@ -89,15 +91,21 @@ class DemoResult:
         }
 
 
-def run_demo(out: Path, seed: int, progress: Progress) -> DemoResult:
-    """Tell the whole story in ``out``; what an earlier call finished is not done again."""
+def run_demo(out: Path, seed: int, progress: Progress, rehearsal: bool = False) -> DemoResult:
+    """Tell the whole story in ``out``; what an earlier call finished is not done again.
+
+    Args:
+        rehearsal: a few drives and ten steps of each training, to see that everything works; nothing is learned.
+    """
     started = time.monotonic()
     world, cache = out / "world", out / "cache"
-    progress.note("1/5 a world: 200 short drives, five classes, six cameras and a LiDAR")
-    make_world(world, "demo", None, 0, progress)
+    drives = _REHEARSED_DRIVES if rehearsal else 200
+    settings = _overrides(world, seed, rehearsal)
+    progress.note(f"1/5 a world: {drives} short drives, five classes, six cameras and a LiDAR")
+    make_world(world, "demo", drives, 0, progress)
 
     progress.note("2/5 a LiDAR teacher, trained on the labelled tenth of the frames")
-    teacher = load_train("demo_teacher", _overrides(world, seed))
+    teacher = load_train("demo_teacher", settings)
     if not _finished(out / "teacher"):
         train_teacher(teacher, out / "teacher", resume=True, progress=progress)
 
@@ -106,11 +114,11 @@ def run_demo(out: Path, seed: int, progress: Progress) -> DemoResult:
     cache_teacher(recipe, str(cache), None, progress)
 
     progress.note("4/5 two camera students side by side: plain, and distilled from the cache")
-    _train_students(out, world, cache, seed, progress)
+    _train_students(out, cache, settings, progress)
 
     progress.note("5/5 pictures")
     rows = {run: json.loads((out / run / "result.json").read_text(encoding="utf-8")) for run in ROLES}
-    pictures = _draw(out, teacher, load_student("demo_student", _overrides(world, seed)), rows)
+    pictures = _draw(out, teacher, load_student("demo_student", settings), rows)
     manifest = CacheReader.open(cache).manifest
     size = stored_bytes(manifest) / len(manifest.tokens)
     result = DemoResult(rows, size, pictures, time.monotonic() - started)
@@ -124,7 +132,7 @@ def result_table(result: DemoResult) -> Table:
     from rich.table import Table
 
     table = Table(
-        title="200 validation frames that no run has seen, objects within 25 m",
+        title="validation frames that no run has seen, objects within 25 m",
         caption="mean AP: over the classes that occur; mAP and NDS: nuScenes' own, over all ten classes",
         title_justify="left",
         caption_justify="left",
@@ -147,7 +155,7 @@ def result_table(result: DemoResult) -> Table:
     return table
 
 
-def _overrides(world: Path, seed: int) -> list[str]:
+def _overrides(world: Path, seed: int, rehearsal: bool) -> list[str]:
     # Half precision is twice as fast where the processor has instructions for it, and far slower where it emulates.
     precision = "bf16" if torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() else "no"
     return [
@@ -155,6 +163,7 @@ def _overrides(world: Path, seed: int) -> list[str]:
         f"evaluation.data.root={world}",
         f"training.seed={seed}",
         f"training.precision={precision}",
+        *([f"training.steps={_REHEARSED_STEPS}", "training.log_every=1"] if rehearsal else []),
     ]
 
 
@@ -162,9 +171,9 @@ def _finished(run: Path) -> bool:
     return (run / "result.json").exists()
 
 
-def _train_students(out: Path, world: Path, cache: Path, seed: int, progress: Progress) -> None:
+def _train_students(out: Path, cache: Path, overrides: Sequence[str], progress: Progress) -> None:
     """Train both students at once, as the commands that a user would type, on one thread each."""
-    settings = [part for override in _overrides(world, seed) for part in ("--set", override)]
+    settings = [part for override in overrides for part in ("--set", override)]
     caches = {"plain": [], "distilled": ["--cache", f"teacher={cache}"]}
     logs = {run: out / f"{run}.log" for run in STUDENTS}
     processes = {}
@@ -173,7 +182,8 @@ def _train_students(out: Path, world: Path, cache: Path, seed: int, progress: Pr
             arguments = [recipe, "--out", str(out / run), *caches[run], *settings]
             progress.note(f"$ bevkd train-student {' '.join(arguments)}")
             processes[run] = _start([*arguments, "--resume"], logs[run])
-    _follow({run: out / run for run in processes}, list(processes.values()), progress)
+    steps = sum(load_student(STUDENTS[run], overrides).training.steps for run in processes)
+    _follow({run: out / run for run in processes}, list(processes.values()), steps, progress)
     failed = [run for run, process in processes.items() if process.returncode != 0]
     if failed:
         tail = "\n".join(logs[failed[0]].read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
@@ -191,9 +201,8 @@ def _start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def _follow(runs: dict[str, Path], processes: list[subprocess.Popen[bytes]], progress: Progress) -> None:
+def _follow(runs: dict[str, Path], processes: list[subprocess.Popen[bytes]], total: int, progress: Progress) -> None:
     """Show the steps of all runs together until their processes end; end them with this one."""
-    total = sum(load_student(STUDENTS[run], []).training.steps for run in runs)
     done = 0
     try:
         with progress.task("training both students", total, "step") as task:

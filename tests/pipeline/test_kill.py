@@ -26,7 +26,8 @@ KILLS = [3, pytest.param(10, marks=pytest.mark.slow)]
 _SERVER = """
 import json, os, sys, warnings
 warnings.simplefilter("ignore")
-import accelerate, spconv.pytorch, torch, torch.utils.tensorboard, transformers.models.resnet.modeling_resnet
+import accelerate, spconv.pytorch, torch, torch._dynamo, torch.utils.tensorboard
+import transformers.models.resnet.modeling_resnet
 import cli, pipeline.cache_teacher, pipeline.train_student
 torch.set_num_threads(1)
 for line in sys.stdin:
