@@ -26,6 +26,7 @@ from bevkd.errors import ConfigError, ContractError, report
 from bevkd.geometry.affine import BEVAffine
 from bevkd.grid import BEVGrid
 from bevkd.models.detector import Detector
+from bevkd.models.encoders.base import CameraMaps
 from bevkd.models.heads import center
 from bevkd.types import Boxes
 
@@ -134,7 +135,7 @@ def inputs_of(detector: Detector, batch: Batch, part: Part) -> dict[str, Tensor]
     """Return what the graph takes of a batch, by input name, in the graph's order."""
     if part == "dense":
         encoded = detector.encoder(batch)
-        return {"bev_low": encoded[0] if isinstance(encoded, tuple) else encoded}
+        return {"bev_low": encoded.bev_low if isinstance(encoded, CameraMaps) else encoded}
     names = ["images", "intrinsics", "bev_from_camera"]
     if detector.config.encoder.depth_net == "camera_aware":
         names.append("view_from_original")

@@ -25,6 +25,7 @@ __all__ = [
     "Rig",
     "Signals",
     "SparseMap",
+    "ViewInstances",
 ]
 
 
@@ -241,6 +242,28 @@ class Instances:
             self.scores.to(device),
             tuple(mask.to(device) for mask in self.masks),
         )
+
+
+@dataclass(frozen=True)
+class ViewInstances:
+    """Objects in the views of one frame's cameras: what a student learns of masks, in one piece.
+
+    Attributes:
+        cameras: index of each instance's camera in the rig.
+        boxes: left, top, right, bottom in pixels of the view.
+        labels: class indices.
+        scores: confidence in [0, 1].
+        masks: the mask of each instance, spread over exactly its box.
+    """
+
+    cameras: Int[Tensor, "n"]
+    boxes: Float[Tensor, "n 4"]
+    labels: Int[Tensor, "n"]
+    scores: Float[Tensor, "n"]
+    masks: Bool[Tensor, "n s s"]
+
+    def __len__(self) -> int:
+        return len(self.masks)
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,12 @@ class CacheReader:
         assert isinstance(depth, LidarDepth)  # the spec's validator sees to it
         return depth
 
+    def instances(self, token: str) -> Instances:
+        """Return the instances of one sample, in pixels of the original images."""
+        instances = self.signal(token, "instances")
+        assert isinstance(instances, Instances)  # the spec's validator sees to it
+        return instances
+
     def signal(
         self, token: str, name: str
     ) -> Float[Tensor, "..."] | Boxes | SparseMap | BoxPoints | Instances | LidarDepth:

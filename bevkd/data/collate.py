@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from bevkd.geometry.affine import BEVAffine
-from bevkd.types import Boxes, Frame, LidarDepth
+from bevkd.types import Boxes, Frame, LidarDepth, ViewInstances
 
 StoredSignals = Mapping[str, Tensor]
 """Arrays of a cache as they are stored (still encoded), by array name."""
@@ -27,12 +27,14 @@ class Sample:
         affine: ``augmented_from_canonical`` of the BEV; cached maps are still canonical.
         stored: encoded arrays by cache name.
         left: ``augmented_from_stored`` of each cache: what is left of ``affine`` where arrays are of a variant.
+        instances: of each cache that a loss reads them from, in pixels of the augmented views.
     """
 
     frame: Frame
     affine: BEVAffine
     stored: Mapping[str, StoredSignals]
     left: Mapping[str, BEVAffine] = field(default_factory=dict)
+    instances: Mapping[str, ViewInstances] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Batch:
         affines: BEV augmentation of each frame.
         stored: encoded teacher arrays by cache name: canonical, or of a variant.
         left: of each frame by cache name: what of ``affines`` the stored arrays do not know.
+        instances: of each frame by cache name, in pixels of the augmented views.
     """
 
     tokens: tuple[str, ...]
@@ -68,6 +71,7 @@ class Batch:
     lidar_depth: tuple[LidarDepth, ...] | None = None
     stored: Mapping[str, StoredSignals] | None = None
     left: Mapping[str, tuple[BEVAffine, ...]] | None = None
+    instances: Mapping[str, tuple[ViewInstances, ...]] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -88,7 +92,7 @@ def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Return ``value`` with every tensor in it changed."""
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, Boxes | LidarDepth):
+    if isinstance(value, Boxes | LidarDepth | ViewInstances):
         return type(value)(*(change(getattr(value, field.name)) for field in fields(value)))
     if isinstance(value, tuple):
         return tuple(_changed(each, change) for each in value)
@@ -124,6 +128,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         lidar_depth=depth or None,
         stored={name: default_collate([sample.stored[name] for sample in samples]) for name in samples[0].stored},
         left={name: tuple(sample.left[name] for sample in samples) for name in samples[0].left},
+        instances={name: tuple(sample.instances[name] for sample in samples) for name in samples[0].instances},
     )
 
 

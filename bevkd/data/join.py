@@ -17,7 +17,11 @@ from bevkd.data.sampler import FrameOrder, mix
 from bevkd.data.source import FrameSource, Sensor
 from bevkd.geometry.affine import BEVAffine
 from bevkd.geometry.camera import move_depth
+from bevkd.geometry.masks import in_views
 from bevkd.geometry.symmetries import SYMMETRIES, nearest_symmetry
+
+INSTANCES = "instances"
+"""The signal that is brought into the views as it is read."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,14 @@ class TrainingDataset(Dataset[Sample]):
         if frame.lidar_depth is not None and frame.rig is not None:
             originals = frame.rig.view_from_original
             frame = replace(frame, lidar_depth=move_depth(frame.lidar_depth, originals, height, width))
-        stored, left = {}, {}
+        stored, left, instances = {}, {}, {}
         for name, (reader, signals) in self.caches.items():
             variant, left[name] = nearest_symmetry(affine, reader.variants)
-            stored[name] = reader.tensors(variant_token(token, variant), signals)
-        return Sample(apply_affine(frame, affine), affine, stored, left)
+            # Masks differ in size and number: they are unpacked here, where loader processes share the work.
+            stored[name] = reader.tensors(
+                variant_token(token, variant), [each for each in signals if each != INSTANCES]
+            )
+            if INSTANCES in signals and frame.rig is not None:
+                seen = reader.instances(token)
+                instances[name] = in_views(seen, frame.rig.view_from_original, (height, width))
+        return Sample(apply_affine(frame, affine), affine, stored, left, instances)

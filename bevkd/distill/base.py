@@ -18,7 +18,7 @@ from bevkd.geometry.affine import BEVAffine, warp_box_codes, warp_cells, warp_ma
 from bevkd.geometry.sampling import sample_at
 from bevkd.grid import BEVGrid
 from bevkd.models.detector import Detector, DetectorOutput
-from bevkd.types import Boxes, BoxPoints, Signals, SparseMap
+from bevkd.types import Boxes, BoxPoints, Signals, SparseMap, ViewInstances
 
 __all__ = ["DistillContext", "DistillLoss", "DistillLossConfig", "TeacherBatch", "sample_at"]
 
@@ -33,17 +33,28 @@ class TeacherBatch:
     Attributes:
         canonical: as cached: of the un-augmented frame, or of a variant that the cache holds of it.
         affines: ``augmented_from_canonical`` of each frame; of a variant, what is left of the augmentation.
+        instances: of each frame, in pixels of the student's views.
     """
 
     canonical: Signals
     affines: tuple[BEVAffine, ...]
     grid: BEVGrid
+    instances: tuple[ViewInstances, ...] | None = None
 
     @classmethod
     def decode(
-        cls, spec: CacheSpec, stored: StoredSignals, affines: tuple[BEVAffine, ...], grid: BEVGrid
+        cls,
+        spec: CacheSpec,
+        stored: StoredSignals,
+        affines: tuple[BEVAffine, ...],
+        grid: BEVGrid,
+        instances: tuple[ViewInstances, ...] | None = None,
     ) -> TeacherBatch:
-        """Return the signals of a cache's encoded arrays, decoded on the device that they are on."""
+        """Return the signals of a cache's encoded arrays, decoded on the device that they are on.
+
+        Args:
+            instances: which the loader has brought into the student's views.
+        """
         decoded: dict[str, Any] = {}
         for name, signal in spec.signals.items():
             if name in stored:
@@ -51,7 +62,7 @@ class TeacherBatch:
                 if isinstance(value, SparseMap):
                     decoded[f"{name}_known"], value = value.known, value.values
                 decoded[name] = value
-        return cls(Signals(**decoded), affines, grid)
+        return cls(Signals(**decoded), affines, grid, instances)
 
     def warped(self, name: str) -> tuple[Tensor, Bool[Tensor, "B 1 Y X"]]:
         """Return the map ``name`` in the student's frame, and which of its cells the teacher covers and the cache kept.

@@ -1,4 +1,4 @@
-"""X3KD (arXiv 2303.02203): output (X-OD), feature (X-FD) and adversarial (X-AT) distillation across modalities.
+"""X3KD (arXiv 2303.02203): distillation across modalities (X-OD, X-FD, X-AT) and tasks (X-IS).
 
 The paper has no public code and states no weights: every constant is a setting, the defaults are ours.
 """
@@ -16,9 +16,12 @@ from torch.nn import functional
 
 from bevkd.data.collate import Batch
 from bevkd.distill.base import DistillContext, DistillLoss, DistillLossConfig, TeacherBatch
+from bevkd.errors import ContractError
+from bevkd.geometry.masks import join_views
 from bevkd.models.bev_encoder import conv_bn_relu
 from bevkd.models.detector import DetectorOutput
 from bevkd.models.heads.center import CenterHead, gather_codes, gaussian_focal_loss, quality_focal_loss
+from bevkd.models.instance_head import InstanceHead, InstanceHeadConfig
 
 
 class Config(DistillLossConfig):
@@ -38,6 +41,9 @@ class Config(DistillLossConfig):
         discriminator_channels: width of the network that tells the modalities apart.
         reversal: factor of the reversed gradient.
         ramp: batches over which ``reversal`` rises from 0 as in DANN (arXiv 1505.07818, section 5.2.2); 0 has none.
+        instance: weight of X-IS.
+        instance_score: instances of the segmentation teacher above it are targets.
+        instance_head: the head on the student's image features, which is dropped after training.
     """
 
     name: Literal["x3kd"] = "x3kd"
@@ -53,6 +59,9 @@ class Config(DistillLossConfig):
     discriminator_channels: int = Field(default=64, gt=0)
     reversal: float = Field(default=1.0, ge=0)
     ramp: int = Field(default=0, ge=0)
+    instance: float = Field(default=0.0, ge=0)
+    instance_score: float = Field(default=0.2, ge=0, lt=1)
+    instance_head: InstanceHeadConfig = InstanceHeadConfig()
 
     def signals(self) -> tuple[str, ...]:
         """Return the signals that the terms with a weight read."""
@@ -61,6 +70,7 @@ class Config(DistillLossConfig):
             "heatmap": self.output > 0 and self.heatmap == "quality",
             "bev_low": self.feature > 0,
             "bev_high": self.adversarial > 0,
+            "instances": self.instance > 0,
         }
         return tuple(name for name, wanted in needed.items() if wanted)
 
@@ -73,6 +83,15 @@ class Config(DistillLossConfig):
             )
         if self.feature > 0 and getattr(context.student.encoder, "fineness", 1) > 1:
             faults.append("bev_low of the student's pillars is finer than the grid: set feature: 0")
+        if self.instance > 0:
+            stride: int = getattr(context.student.encoder, "stride", 1)
+            if not hasattr(context.student.encoder, "image_channels"):
+                faults.append("X-IS learns from image features, which the student has none of: set instance: 0")
+            elif stride % self.instance_head.fineness:
+                faults.append(
+                    f"instance_head.fineness is {self.instance_head.fineness}, which does not divide the stride "
+                    f"{stride} of the student's image features: set another"
+                )
         return faults
 
 
@@ -232,6 +251,32 @@ def adversarial_loss(
     return torch.where(covered, both, 0.0).sum() / covered.sum().clamp(min=1)
 
 
+class InstanceSegmentation(nn.Module):
+    """X-IS: a head on the student's image features learns the masks of a segmentation teacher.
+
+    It reaches the backbone without the detour of the lift to BEV. The paper's head has two stages; ours is the
+    segmenter's, of a single stage, whose losses stand for those of proposals, boxes and masks.
+    """
+
+    def __init__(self, config: Config, channels: int, stride: int, classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.head = InstanceHead(config.instance_head, channels, stride, classes)
+
+    def forward(self, student: DetectorOutput, teacher: TeacherBatch) -> dict[str, Tensor]:
+        """Return ``instance_heatmap``, ``instance_box`` and ``instance_mask``, weighted."""
+        features, frames = student.image_features, teacher.instances
+        if features is None or frames is None:
+            raise ContractError("X-IS needs image features of the student and instances in its views, in one batch.")
+        height, width = (side * self.head.stride for side in features.shape[-2:])
+        images = features.shape[0] * features.shape[1]
+        seen = join_views(frames, features.shape[1], self.config.instance_score)
+        losses = self.head.loss(
+            self.head(features.flatten(0, 1).float()), self.head.targets(seen, images, height, width)
+        )
+        return {f"instance_{name}": self.config.instance * value for name, value in losses.items()}
+
+
 class X3KD(nn.Module):
     """The terms that have a weight."""
 
@@ -246,6 +291,9 @@ class X3KD(nn.Module):
         if config.adversarial > 0:
             channels = context.channels("bev_high"), context.teacher_channels("bev_high")
             parts["adversarial"] = AdversarialTraining(config, *channels)
+        if config.instance > 0:
+            encoder, classes = context.student.encoder, len(context.student.classes)
+            parts["instance"] = InstanceSegmentation(config, encoder.image_channels, encoder.stride, classes)
         self.parts = nn.ModuleDict(parts)
 
     def forward(self, student: DetectorOutput, teacher: TeacherBatch, batch: Batch) -> dict[str, Tensor]:

@@ -11,10 +11,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from bevkd.types import Instances
+from bevkd.types import Instances, ViewInstances
 
 _SLACK_PX = 1e-3
 """Products of scales and sizes miss whole pixels by rounding."""
+
+STORED = 64
+"""Rows and columns of masks that have to fit into one tensor."""
 
 _OUTSIDE = 2.0
 """Where ``grid_sample`` is told to look for pixels that no mask covers."""
@@ -81,6 +84,35 @@ def move_instances(
     kept = torch.tensor(moved, dtype=torch.int64, device=instances.boxes.device)
     fitted = instances.boxes.new_tensor(boxes).view(-1, 4)
     return Instances(instances.cameras[kept], fitted, instances.labels[kept], instances.scores[kept], tuple(masks))
+
+
+def in_views(
+    instances: Instances, view_from_original: Float[Tensor, "N 3 3"], size: tuple[int, int], side: int = STORED
+) -> ViewInstances:
+    """Return the instances of original images as the views show them, their masks on ``side`` x ``side`` cells.
+
+    Args:
+        view_from_original: affine pixel transform of each camera.
+        size: height and width of the views.
+    """
+    moved = move_instances(instances, view_from_original, size)
+    masks = [shrink(mask, side, side) for mask in moved.masks]
+    together = torch.stack(masks) if masks else torch.zeros(0, side, side, dtype=torch.bool)
+    return ViewInstances(moved.cameras, moved.boxes, moved.labels, moved.scores, together)
+
+
+def join_views(frames: Sequence[ViewInstances], cameras: int, score: float = 0.0) -> ViewInstances:
+    """Return the instances above ``score`` of all frames as those of one rig with the cameras of all frames.
+
+    Args:
+        cameras: of each frame.
+    """
+    numbers = torch.cat([frame.cameras + index * cameras for index, frame in enumerate(frames)])
+    boxes, labels, scores, masks = (
+        torch.cat([getattr(frame, name) for frame in frames]) for name in ("boxes", "labels", "scores", "masks")
+    )
+    kept = scores > score
+    return ViewInstances(numbers[kept], boxes[kept], labels[kept], scores[kept], masks[kept])
 
 
 def _moved_grid(

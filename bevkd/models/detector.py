@@ -18,7 +18,7 @@ from bevkd.data.source import Sensor
 from bevkd.grid import BEVGrid
 from bevkd.models.bev_encoder import BEVEncoder, BEVEncoderConfig
 from bevkd.models.bev_resnet import BEVResNet, BEVResNetConfig
-from bevkd.models.encoders.base import EncoderConfig
+from bevkd.models.encoders.base import CameraMaps, EncoderConfig
 from bevkd.models.heads.base import HeadMaps
 
 _SAFE_CHANNELS = 16
@@ -105,12 +105,14 @@ class DetectorOutput:
         bev_high: BEV encoder output.
         head: class logits and box codes.
         depth: logits of the depth bins of each image, where the encoder predicts depth.
+        image_features: of each image, where the encoder lifts images.
     """
 
     bev_low: Float[Tensor, "B C y x"]
     bev_high: Float[Tensor, "B D Y X"]
     head: HeadMaps
     depth: Float[Tensor, "B N bins H W"] | None = None
+    image_features: Float[Tensor, "B N F H W"] | None = None
 
 
 def channels_last(model: nn.Module) -> None:
@@ -154,9 +156,9 @@ class Detector(nn.Module):
     def forward(self, batch: Batch) -> DetectorOutput:
         """Return the maps of every part."""
         encoded = self.encoder(batch)
-        bev_low, depth = encoded if isinstance(encoded, tuple) else (encoded, None)
+        bev_low, depth, features = encoded if isinstance(encoded, CameraMaps) else (encoded, None, None)
         bev_high = self.bev_encoder(bev_low)
-        return DetectorOutput(bev_low=bev_low, bev_high=bev_high, head=self.head(bev_high), depth=depth)
+        return DetectorOutput(bev_low, bev_high, self.head(bev_high), depth, features)
 
     def loss(self, output: DetectorOutput, batch: Batch) -> dict[str, Tensor]:
         """Return the detection losses of a batch by name: those of the head, and ``depth`` if the encoder learns it.

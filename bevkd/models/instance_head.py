@@ -24,10 +24,10 @@ from torch.nn import functional
 
 from bevkd.config import StrictModel
 from bevkd.geometry.gaussian import draw_gaussians, gaussian_radius
-from bevkd.geometry.masks import pixel_grid, shrink, tighten
+from bevkd.geometry.masks import STORED, pixel_grid, shrink, tighten
 from bevkd.models.bev_encoder import conv_bn_relu
 from bevkd.models.heads.center import gaussian_focal_loss
-from bevkd.types import Instances
+from bevkd.types import Instances, ViewInstances
 
 _LOG_LIMIT = 6.0
 """Predicted log distances are cut to this, so that an untrained head yields finite boxes."""
@@ -37,9 +37,6 @@ _BOX_START = 1.0
 
 _REACH = 1.3
 """The grid of a mask is the predicted box, enlarged by this: boxes are less exact than masks."""
-
-_STORED = 64
-"""Rows and columns that the masks of targets are brought to."""
 
 _TRUSTED_IOU = 0.5
 """From this overlap on, a mask is learned in the predicted box, which it will be seen in; below in the right one."""
@@ -106,7 +103,7 @@ class InstanceTargets:
     heatmap: Float[Tensor, "M K H W"]
     cells: Int[Tensor, "n 3"]
     boxes: Float[Tensor, "n 4"]
-    masks: Float[Tensor, "n 64 64"]
+    masks: Float[Tensor, "n s s"]
 
 
 class InstanceHead(nn.Module):
@@ -147,12 +144,12 @@ class InstanceHead(nn.Module):
         code = self.shared(features)
         return InstanceOutput(self.heatmap(code), self.distances(code), code, self.mask_map(code))
 
-    def targets(self, instances: Instances, images: int, height: int, width: int) -> InstanceTargets:
+    def targets(self, instances: Instances | ViewInstances, images: int, height: int, width: int) -> InstanceTargets:
         """Return the targets of ``images`` images.
 
         Args:
-            instances: in pixels of these images, see ``bevkd.geometry.masks.move_instances``; their camera is the
-                number of the image.
+            instances: in pixels of these images, see ``bevkd.geometry.masks``: ``move_instances`` and ``in_views``;
+                their camera is the number of the image.
             height, width: of the images, pixels.
         """
         rows, columns = height // self.stride, width // self.stride
@@ -167,9 +164,12 @@ class InstanceHead(nn.Module):
             column_row.flip(-1),
             gaussian_radius(size[:, 1], size[:, 0], self.config.min_overlap).long(),
         )
-        masks = boxes.new_zeros(len(instances), _STORED, _STORED)
-        for stored, mask in zip(masks, instances.masks, strict=True):
-            stored.copy_(shrink(mask, _STORED, _STORED))
+        if isinstance(instances.masks, Tensor):
+            masks = instances.masks.to(boxes)
+        else:
+            masks = boxes.new_zeros(len(instances), STORED, STORED)
+            for stored, mask in zip(masks, instances.masks, strict=True):
+                stored.copy_(shrink(mask, STORED, STORED))
         cells = torch.cat([instances.cameras[:, None], column_row.flip(-1)], dim=1)
         return InstanceTargets(heatmap.view(images, self.classes, rows, columns), cells, boxes, masks)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bevkd.data.collate import Batch
 from bevkd.data.join import View
 from bevkd.grid import BEVGrid
+from bevkd.models.encoders.base import CameraMaps
 from bevkd.testing.frames import MadeUpFrames
 from bevkd.testing.tools import batch_of, check_gradients, close
 
@@ -81,8 +82,8 @@ class EncoderTests:
 
 
 def _map(output: Any) -> Tensor:
-    """Return ``bev_low`` of what an encoder returns, which may be a pair with depth logits."""
-    bev_low: Tensor = output[0] if isinstance(output, tuple) else output
+    """Return ``bev_low`` of what an encoder returns, beside which there may be maps of its images."""
+    bev_low: Tensor = output.bev_low if isinstance(output, CameraMaps) else output
     return bev_low
 
 

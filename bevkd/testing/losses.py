@@ -13,15 +13,17 @@ from bevkd.config import parse
 from bevkd.data.collate import Batch
 from bevkd.distill.base import DistillContext, DistillLoss, DistillLossConfig, TeacherBatch
 from bevkd.geometry.affine import BEVAffine
+from bevkd.geometry.masks import STORED, in_views
 from bevkd.geometry.sampling import points_of
 from bevkd.models.detector import Detector, DetectorConfig, DetectorOutput, view_of
 from bevkd.signals import MAPS, POINTS, SIGNALS
 from bevkd.testing.frames import MadeUpFrames
 from bevkd.testing.tools import batch_of, check_terms
-from bevkd.types import Boxes, Signals
+from bevkd.types import Boxes, Instances, Signals, ViewInstances
 
 CLASSES = ("car", "truck", "pedestrian")
 UNMOVED = BEVAffine.identity()
+CAMERAS = 2
 STUDENT: dict[str, Any] = {
     "grid": {"x_m": [-12.8, 12.8], "y_m": [-12.8, 12.8], "z_m": [-5, 3], "cell_m": 1.6},
     "encoder": {
@@ -88,17 +90,26 @@ class DistillLossTests:
         held: dict[str, Any] = {name: maps[name] for name in MAPS if name in wanted}
         if "boxes" in wanted:
             held["boxes"] = tuple(Boxes.empty() if empty else boxes for boxes in annotated)
+        seen = None
+        if "instances" in wanted:
+            nothing = in_views(Instances.empty(), torch.eye(3)[None], (1, 1))
+            seen = tuple(nothing if empty else _view_instances(student, frame) for frame in range(len(batch)))
         for name in (name for name in POINTS if name in wanted):
             held[name] = tuple(
                 points_of(maps[POINTS[name]][frame], boxes, grid) for frame, boxes in enumerate(annotated)
             )
-        return TeacherBatch(Signals(**held), batch.affines, grid)
+        return TeacherBatch(Signals(**held), batch.affines, grid, seen)
 
     def _output(self, student: Detector, frames: int, dtype: torch.dtype = torch.float32) -> DetectorOutput:
         """Return maps of a student as leaves, so that their gradients can be looked at."""
         maps = {name: value.to(dtype).requires_grad_() for name, value in _teach(student, frames, seed=1).items()}
         head = type(student.head(torch.zeros(1, student.bev_encoder.out_channels, *student.config.grid.shape)))
-        return DetectorOutput(maps["bev_low"], maps["bev_high"], head(maps["heatmap"], maps["box_code"]))
+        return DetectorOutput(
+            maps["bev_low"],
+            maps["bev_high"],
+            head(maps["heatmap"], maps["box_code"]),
+            image_features=maps["image_features"],
+        )
 
     def _terms(
         self,
@@ -113,7 +124,7 @@ class DistillLossTests:
         output = self._output(context.student, len(frames), dtype)
         teacher = self._teacher(context.student, config, batch, empty)
         if spoilt:
-            teacher = _SpoiltOutside(teacher.canonical, teacher.affines, teacher.grid)
+            teacher = _SpoiltOutside(teacher.canonical, teacher.affines, teacher.grid, teacher.instances)
         before = [value.clone() for value in _tensors(teacher.canonical)]
         terms = loss(output, teacher, batch)
         for value, copy in zip(_tensors(teacher.canonical), before, strict=True):
@@ -206,11 +217,28 @@ def _teach(student: Detector, frames: int = 1, seed: int = 0) -> dict[str, Tenso
         "heatmap": (len(student.classes), *grid),
         "box_code": (len(student.head.labels_of_task), 10, *grid),
     }
-    return {name: torch.randn(frames, *shape, generator=chance) for name, shape in shapes.items()}
+    maps = {name: torch.randn(frames, *shape, generator=chance) for name, shape in shapes.items()}
+    view, stride = view_of(student.config), student.encoder.stride
+    size = (view.image_height // stride, view.image_width // stride)
+    features = torch.randn(frames, CAMERAS, student.encoder.image_channels, *size, generator=chance)
+    return {**maps, "image_features": features}
+
+
+def _view_instances(student: Detector, frame: int) -> ViewInstances:
+    """Return two instances of a frame in the views of both cameras: discs in boxes of other shapes."""
+    view = view_of(student.config)
+    left, top = 4.0 + frame, 2.0 + frame
+    boxes = torch.tensor(
+        [[left, top, left + 9, top + 17], [left, top, view.image_width - 3.0, view.image_height - 2.0]]
+    )
+    across = torch.linspace(-1, 1, STORED)
+    disc = across[:, None] ** 2 + across**2 < 1
+    return ViewInstances(torch.arange(2), boxes, torch.tensor([0, 2]), torch.tensor([0.9, 0.5]), disc.expand(2, -1, -1))
 
 
 def _leaves(output: DetectorOutput) -> list[Tensor]:
-    return [output.bev_low, output.bev_high, output.head.heatmap, output.head.box_code]
+    assert output.image_features is not None
+    return [output.bev_low, output.bev_high, output.head.heatmap, output.head.box_code, output.image_features]
 
 
 def _tensors(signals: Signals) -> list[Tensor]:

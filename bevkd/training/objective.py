@@ -35,7 +35,7 @@ class Cached:
     def __call__(self, batch: Batch) -> TeacherBatch:
         """Return the signals of a batch, on its device."""
         stored, affines = (batch.stored or {})[self.name], (batch.left or {}).get(self.name, batch.affines)
-        return TeacherBatch.decode(self.spec, stored, affines, self.grid)
+        return TeacherBatch.decode(self.spec, stored, affines, self.grid, (batch.instances or {}).get(self.name))
 
 
 class Objective(nn.Module):

@@ -108,7 +108,12 @@ TEACHERS: Mapping[str, Callable[[Path], dict[str, Any]]] = {
 
 LOSSES: Mapping[str, tuple[dict[str, Any], ...]] = {
     "soft": ({},),
-    "x3kd": ({"score": 0.1}, {"heatmap": "quality"}, {"feature": 1.0, "empty": 0.1, "adversarial": 0.1, "ramp": 10}),
+    "x3kd": (
+        {"score": 0.1},
+        {"heatmap": "quality"},
+        {"feature": 1.0, "empty": 0.1, "adversarial": 0.1, "ramp": 10},
+        {"output": 0, "instance": 1.0},
+    ),
     "unidistill": ({}, {"adapter": True, "pseudo_score": 0.3}, {"source": "points"}),
     "rdd": ({}, {"region": "box", "box": True, "rule": "soft"}, {"rule": "topk", "logit_region": "peak"}),
     "itkd": ({}, {"variant": "paper", "code": 4}),

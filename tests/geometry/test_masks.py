@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from hypothesis import given
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from bevkd.data.images import ImageView
-from bevkd.geometry.masks import gather_cameras, move_instances, split_cameras, tighten
+from bevkd.geometry.masks import gather_cameras, in_views, join_views, move_instances, split_cameras, tighten
+from bevkd.models.instance_head import InstanceHead, InstanceHeadConfig
 from bevkd.types import Instances
 from tests.geometry.kit import paste
 
@@ -165,3 +167,26 @@ def test_instances_are_picked_by_number_and_by_mark() -> None:
     marked = three[torch.tensor([False, True, False])]
     assert marked.labels.tolist() == [1]
     assert marked.masks[0].shape == (2, 2)
+
+
+def test_instances_in_views_have_the_targets_of_moved_ones() -> None:
+    torch.manual_seed(0)
+    pair = instances(blob(5, 5, 9, 12), blob(7, 2, 14, 6), cameras=[1, 0])
+    views = matrices(ImageView(H, W, 1.2, left=3, top=1, flip=True), ImageView(H, W, 1.0, rotation_rad=0.2))
+    head = InstanceHead(InstanceHeadConfig(channels=4), 4, 4, 3)
+    moved, seen = move_instances(pair, views, (H, W)), in_views(pair, views, (H, W))
+    assert len(seen) == 2
+    one, other = head.targets(moved, 2, H, W), head.targets(seen, 2, H, W)
+    for name in ("heatmap", "cells", "boxes", "masks"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+def test_views_side_by_side_keep_the_sure_instances_with_their_cameras() -> None:
+    first = in_views(
+        instances(blob(1, 1, 3, 3), blob(6, 6, 2, 2), cameras=[2, 0]), torch.eye(3).expand(3, 3, 3), (H, W)
+    )
+    first, unsure = (replace(first, scores=torch.tensor([low, 0.8])) for low in (0.9, 0.1))
+    joined = join_views([first, in_views(Instances.empty(), torch.eye(3)[None], (H, W)), unsure], 3, 0.5)
+    assert joined.cameras.tolist() == [2, 0, 6]
+    assert joined.masks.shape == (3, 64, 64)
+    assert len(join_views([unsure], 3, 0.9)) == 0

@@ -378,6 +378,6 @@ def test_aggregation_that_changes_nothing_gives_the_map_of_the_splat() -> None:
 
 def test_every_weight_of_the_whole_bevdepth_learns() -> None:
     model = encoder(depth_net="camera_aware", aggregation=True, depth_weight=3.0, key_frames=2).train()
-    bev, depth = model(batch_of(photos(4), torch.stack([camera(0.0), camera(0.3), camera(0.1), camera(0.4)])))
+    bev, depth, _ = model(batch_of(photos(4), torch.stack([camera(0.0), camera(0.3), camera(0.1), camera(0.4)])))
     (bev.square().sum() + depth.square().sum()).backward()
     assert [name for name, each in model.named_parameters() if each.grad is None] == []

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from bevkd.cache.reader import CacheReader
 from bevkd.types import Instances
@@ -129,6 +130,50 @@ def test_its_cache_gives_instances_of_every_camera_in_original_pixels(masks: Pat
         assert (found.boxes[:, 2:] <= torch.tensor([176, 64])).all()
         assert (found.boxes[:, :2] < found.boxes[:, 2:]).all()
     assert {0, 4} <= cameras <= set(range(6))
+
+
+def test_a_student_learns_its_masks_under_augmentation(bevkd: Bevkd, world: Path, masks: Path, tmp_path: Path) -> None:
+    """X-IS, with a second cache-less loss term switched off: the head's weights are no part of the student."""
+    head = {"channels": 8, "layers": 1}
+    loss = {
+        "name": "x3kd",
+        "teacher": "masks",
+        "output": 0,
+        "instance": 1,
+        "instance_score": 0.0,
+        "instance_head": head,
+    }
+    image = {"flip": True, "zoom": [1.0, 1.2], "rotation_deg": [-5, 5]}
+    recipe = {
+        **kit.train_recipe(world, kit.STUDENT),
+        "augment": {"image": image},
+        "distill": {"caches": {"masks": str(masks)}, "losses": [loss]},
+    }
+    for workers in (0, 1):
+        recipe["training"] = {**recipe["training"], "workers": workers}
+        path = kit.write(tmp_path / f"student{workers}.yaml", recipe)
+        bevkd.well("train-student", path, "--out", tmp_path / f"run{workers}")
+    first, second = kit.losses(tmp_path / "run0"), kit.losses(tmp_path / "run1")
+    assert [line["x3kd/instance_mask"] for line in first] == [line["x3kd/instance_mask"] for line in second]
+    for line in first:
+        assert line["x3kd/instance_heatmap"] > 0
+        assert line["x3kd/instance_box"] > 0
+        assert line["x3kd/instance_mask"] > 0
+    weights = load_file(tmp_path / "run0" / "model.safetensors")
+    assert not [name for name in weights if "controller" in name]
+
+
+def test_a_lidar_student_has_no_images_to_learn_masks_on(
+    bevkd: Bevkd, world: Path, masks: Path, tmp_path: Path
+) -> None:
+    loss = {"name": "x3kd", "teacher": "masks", "output": 0, "instance": 1}
+    recipe = {
+        **kit.train_recipe(world, kit.TEACHER),
+        "distill": {"caches": {"masks": str(masks)}, "losses": [loss]},
+    }
+    outcome = bevkd("train-student", kit.write(tmp_path / "student.yaml", recipe), "--out", tmp_path / "run")
+    assert outcome.code == 1
+    assert "X-IS learns from image features" in " ".join(outcome.err.split())
 
 
 def test_the_cache_knows_its_teacher_and_not_where_it_lay(masks: Path, run: Path) -> None:

@@ -15,7 +15,7 @@ from bevkd.data.source import Sensor
 from bevkd.grid import BEVGrid
 from bevkd.models.bev_encoder import conv_bn_relu
 from bevkd.models.encoders import lift_splat, voxel
-from bevkd.models.encoders.base import EncoderConfig
+from bevkd.models.encoders.base import CameraMaps, EncoderConfig
 from bevkd.models.widths import scaled
 from bevkd.types import LidarDepth
 
@@ -87,11 +87,13 @@ class FusionEncoder(nn.Module):
         joined = self.camera.out_channels + self.lidar.out_channels
         self.fuse = nn.Sequential(ChannelAttention(joined), *conv_bn_relu(joined, config.channels, 3))
         self.out_channels = config.channels
+        self.image_channels, self.stride = self.camera.image_channels, self.camera.stride
 
-    def forward(self, batch: Batch) -> tuple[Float[Tensor, "B C Y X"], Float[Tensor, "B N D H W"]]:
-        """Return ``bev_low`` of the batch, and the depth logits of its images."""
-        camera, depth = self.camera(batch)
-        return self.fuse(torch.cat([camera, self.lidar(batch).to(camera.dtype)], dim=1)), depth
+    def forward(self, batch: Batch) -> CameraMaps:
+        """Return ``bev_low`` of the batch, and what the camera encoder says of its images."""
+        seen = self.camera(batch)
+        fused = self.fuse(torch.cat([seen.bev_low, self.lidar(batch).to(seen.bev_low.dtype)], dim=1))
+        return CameraMaps(fused, seen.depth, seen.image_features)
 
     def depth_loss(self, logits: Float[Tensor, "B N D H W"], depth: Sequence[LidarDepth]) -> Float[Tensor, ""]:
         """Return the camera encoder's depth loss."""

@@ -30,7 +30,7 @@ from bevkd.models.depth_net import (
     depth_loss,
     depth_targets,
 )
-from bevkd.models.encoders.base import EncoderConfig
+from bevkd.models.encoders.base import CameraMaps, EncoderConfig
 from bevkd.models.splat import scatter, splat
 from bevkd.models.widths import scaled
 from bevkd.types import LidarDepth
@@ -133,19 +133,21 @@ class LiftSplatEncoder(nn.Module):
         self.register_buffer("depths", config.depth.values(), persistent=False)
         self.normalise = Normalise()
         kind = CameraAwareDepthNet if config.depth_net == "camera_aware" else PlainDepthNet
+        self.image_channels = self.neck.out_channels
         self.depth_net = kind(self.neck.out_channels, len(self.depths), config.channels)
         self.aggregation = DepthAggregation(config.channels) if config.aggregation else None
         self.norm = nn.BatchNorm2d(self.out_channels) if config.norm else nn.Identity()
 
-    def forward(self, batch: Batch) -> tuple[Float[Tensor, "B C Y X"], Float[Tensor, "B N D H W"]]:
-        """Return ``bev_low`` of the batch's images, and the depth logits of the frame's own images."""
+    def forward(self, batch: Batch) -> CameraMaps:
+        """Return ``bev_low`` of the batch's images, and depth logits and features of the frame's own images."""
         now, *earlier = _shots(batch, self.config.key_frames)
-        bev, depth = self._lift(now)
+        bev, depth, features = self._lift(now)
         maps = [bev]
         for shot in earlier:
             with torch.no_grad():
                 maps.append(self._lift(shot)[0])
-        return self.norm(torch.cat(maps, dim=1)), depth.view(len(batch), -1, *depth.shape[1:])
+        depth, features = (each.view(len(batch), -1, *each.shape[1:]) for each in (depth, features))
+        return CameraMaps(self.norm(torch.cat(maps, dim=1)), depth, features)
 
     def depth_loss(self, logits: Float[Tensor, "B N D H W"], depth: Sequence[LidarDepth]) -> Float[Tensor, ""]:
         """Return BEVDepth's depth loss times ``depth_weight``.
@@ -164,8 +166,8 @@ class LiftSplatEncoder(nn.Module):
             target = depth_targets(together, B * N, H, W, self.stride, bins.start, bins.step, D)
             return self.config.depth_weight * depth_loss(logits.flatten(0, 1), target)
 
-    def _lift(self, shot: _Shot) -> tuple[Float[Tensor, "B C Y X"], Float[Tensor, "M D H W"]]:
-        """Return the map and the depth logits of the images of one key frame."""
+    def _lift(self, shot: _Shot) -> tuple[Float[Tensor, "B C Y X"], Float[Tensor, "M D H W"], Float[Tensor, "M F H W"]]:
+        """Return the map of one key frame, and depth logits and features of its images."""
         B, N = shot.images.shape[:2]
         feature = self.neck(list(self.backbone(self.normalise(shot.images.flatten(0, 1))).feature_maps))
         H, W = feature.shape[-2:]
@@ -180,9 +182,9 @@ class LiftSplatEncoder(nn.Module):
         if self.aggregation is not None:
             lifted = self.aggregation((depth[:, None] * context[:, :, None]).to(context.dtype))
             points = lifted.permute(0, 3, 4, 2, 1).reshape(B, N * H * W, -1, self.config.channels)
-            return scatter(points, cells, self.grid.shape), logits
+            return scatter(points, cells, self.grid.shape), logits, feature
         probability, content = (each.flatten(2).mT.reshape(B, N * H * W, -1) for each in (depth, context))
-        return splat(probability, content, cells, self.grid.shape), logits
+        return splat(probability, content, cells, self.grid.shape), logits, feature
 
     def _pixels(self, H: int, W: int) -> Float[Tensor, "P 2"]:
         """Return the image position (u, v) that each feature cell stands for."""
