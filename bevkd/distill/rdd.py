@@ -39,7 +39,7 @@ class Config(DistillLossConfig):
             letter, which no region satisfies; for comparison only.
         disparity: the paper's lambda, 0.1.
         proposals: peaks that teacher and student each propose in a frame.
-        score: peaks must be above it.
+        score: peaks must be above it. Caches with sparse box codes have to know them from this score on.
         region: of a peak: ``gaussian``, the square of its Gaussian's radius; ``box``, the rotated rectangle of its box.
         min_overlap, min_radius: of the Gaussian, as in the head.
         side: cells along a region's side.
@@ -133,8 +133,13 @@ def proposals(
     task_of_class: Tensor,
     grid: BEVGrid,
     config: Config,
+    known: Bool[Tensor, "B Y X"] | None = None,
 ) -> Regions:
-    """Return the regions around the best peaks of each frame, by 3 x 3 maximum suppression, over all classes."""
+    """Return the regions around the best peaks of each frame, by 3 x 3 maximum suppression, over all classes.
+
+    Args:
+        known: cells whose box code a cache has kept; peaks elsewhere are no proposals. None keeps all.
+    """
     batch, _, rows, columns = heatmap.shape
     scores = heatmap.float().sigmoid()
     peaks = torch.where(scores == functional.max_pool2d(scores, 3, stride=1, padding=1), scores, 0.0)
@@ -153,7 +158,8 @@ def proposals(
     else:
         half = (size / 2).clamp(min=grid.cell_m / 2)
         center, yaw = grid.to_metres(position + code[..., :2]), torch.atan2(code[..., 6], code[..., 7])
-    return Regions(center.float(), half, yaw, task, best.values > config.score)
+    found = best.values > config.score
+    return Regions(center.float(), half, yaw, task, found if known is None else found & known[frame, row, column])
 
 
 def pooled(
@@ -249,7 +255,9 @@ class RDD(nn.Module):
         canonical = teacher.canonical
         heatmap, code = canonical.need("heatmap"), canonical.need("box_code")
         own = proposals(student.head.heatmap, student.head.box_code, self.task_of_class, self.grid, self.config)
-        theirs = proposals(heatmap, code, self.task_of_class, self.grid, self.config).moved(matrices.to(heatmap))
+        theirs = proposals(heatmap, code, self.task_of_class, self.grid, self.config, canonical.box_code_known).moved(
+            matrices.to(heatmap)
+        )
         return theirs.joined(own), matrices.inverse().to(heatmap)
 
     def _inside(self, positions: Float[Tensor, "B P s s 2"]) -> Float[Tensor, "B P S S"]:

@@ -148,6 +148,17 @@ def test_proposals_are_the_peaks_of_both_and_of_all_classes() -> None:
         assert len(kept) == int(peaks[frame].sum())
 
 
+def test_peaks_whose_box_the_cache_has_not_kept_are_no_proposals() -> None:
+    held = maps(3)
+    known = torch.zeros(2, 32, 32, dtype=torch.bool)
+    known[:, :, 16:] = True
+    task_of_class = torch.tensor([0, 1, 1])
+    everything = proposals(held["heatmap"], held["box_code"], task_of_class, GRID, Config())
+    kept = proposals(held["heatmap"], held["box_code"], task_of_class, GRID, Config(), known)
+    assert torch.equal(kept.found, everything.found & (everything.center[..., 0] > 0))
+    assert 0 < kept.found.sum() < everything.found.sum()
+
+
 def test_pooling_a_rotated_region_reads_the_map_along_its_axes() -> None:
     """On a ramp along x, the mean over a cell of a region is the ramp at its centre, however the region lies."""
     centers = GRID.centers()
