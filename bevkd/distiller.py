@@ -14,11 +14,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from bevkd import registry
 from bevkd.cache.reader import CacheReader
 from bevkd.config import StrictModel, parse, plugin
 from bevkd.data.collate import Batch, StoredSignals
-from bevkd.distill.base import DistillContext, DistillLoss, DistillLossConfig, TeacherBatch
+from bevkd.distill.base import (
+    DistillContext,
+    DistillLoss,
+    DistillLossConfig,
+    TeacherBatch,
+    build_losses,
+    signals_of,
+)
 from bevkd.errors import ContractError, report
 from bevkd.geometry.affine import BEVAffine
 from bevkd.grid import BEVGrid
@@ -153,15 +159,8 @@ class Distiller(nn.Module):
             faults += [f"loss '{loss.name}': {fault}" for fault in _faults(loss, readers, student, classes, tokens)]
         if faults:
             raise report(ContractError, "this model cannot be distilled as asked:", list(dict.fromkeys(faults)))
-        signals: dict[str, tuple[str, ...]] = {}
-        built: list[tuple[str, str, DistillLoss]] = []
-        for loss in wanted:
-            signals[loss.teacher] = tuple(dict.fromkeys((*signals.get(loss.teacher, ()), *loss.signals())))
-            again = sum(label.partition("-")[0] == loss.name for label, _, _ in built)
-            context = DistillContext(student, readers[loss.teacher].manifest.sample_shapes)
-            module = registry.load("bevkd.distill", loss.name).build(loss, context)
-            built.append((f"{loss.name}-{again + 1}" if again else loss.name, loss.teacher, module))
-        stored = Stored({name: (readers[name], read) for name, read in signals.items()})
+        built = build_losses(wanted, student, {name: reader.sample_shapes for name, reader in readers.items()})
+        stored = Stored({name: (readers[name], read) for name, read in signals_of(wanted).items()})
         shapes = _Shapes(grid.shape, len(classes), len(targets.labels_of_task), dict(known))
         return cls(stored, built, grid, shapes)
 

@@ -18,7 +18,7 @@ from bevkd.config import PluginConfig
 from bevkd.data.collate import Batch
 from bevkd.data.identity import DatasetIdentity
 from bevkd.data.join import View
-from bevkd.distill.base import TeacherBatch
+from bevkd.distill.base import TeacherBatch, signals_of
 from bevkd.errors import ConfigError
 from bevkd.geometry.affine import BEVAffine
 from bevkd.grid import BEVGrid
@@ -28,7 +28,7 @@ from bevkd.teachers.base import Teacher
 from bevkd.types import Boxes, Signals, SparseMap
 from pipeline.parts import choose_device
 from pipeline.recipe import CacheRecipe, StudentRecipe, load_cache
-from pipeline.train_student import signals_of, train_student
+from pipeline.train_student import train_student
 from pipeline.training import RunSummary
 
 _WHICH_FRAMES = frozenset(
@@ -59,7 +59,7 @@ def open_teachers(recipe: StudentRecipe) -> dict[str, OnlineTeacher]:
     device = choose_device(recipe.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    needed, named = signals_of(recipe.distill), recipe.distill.online
+    needed, named = signals_of(recipe.distill.losses), recipe.distill.online
     return {name: _open(load_cache(named[name], []), recipe, needed[name], device) for name in needed if name in named}
 
 

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from bevkd import registry
 from bevkd.cache.reader import CacheReader
 from bevkd.data.source import FrameSource
-from bevkd.distill.base import DistillContext, DistillLoss
+from bevkd.distill.base import DistillContext, build_losses, signals_of
 from bevkd.errors import ConfigError
 from bevkd.models.detector import Detector
 from bevkd.progress import Progress
@@ -57,14 +56,6 @@ def prepare_student(
     return source, detector, distillation
 
 
-def signals_of(distill: DistillConfig) -> dict[str, tuple[str, ...]]:
-    """Return the signals that the losses read from each cache."""
-    needed: dict[str, list[str]] = {}
-    for loss in distill.losses:
-        needed.setdefault(loss.teacher, []).extend(loss.signals())
-    return {cache: tuple(dict.fromkeys(signals)) for cache, signals in needed.items()}
-
-
 def _faults(
     recipe: StudentRecipe,
     distill: DistillConfig,
@@ -79,7 +70,7 @@ def _faults(
     online = distill.teacher == "online"
     kind, advice = ("teacher", "Set distill.online.{0}=RECIPE") if online else ("cache", "Add --cache {0}=URI")
     given: Mapping[str, CacheReader | LiveTeacher] = teachers if online else readers
-    for name, signals in signals_of(distill).items():
+    for name, signals in signals_of(distill.losses).items():
         if name not in given:
             known = ", ".join(given) or "none"
             faults.append(f"a loss reads the {kind} '{name}', given are: {known}. {advice.format(name)}.")
@@ -112,15 +103,9 @@ def _build(
     teachers: Mapping[str, LiveTeacher],
 ) -> Distillation:
     """Return the losses, and per cache the signals that they read."""
-    losses: list[tuple[str, str, DistillLoss]] = []
     given: Mapping[str, CacheReader | LiveTeacher] = {**readers, **teachers}
-    for loss in distill.losses:
-        shapes = given[loss.teacher].sample_shapes
-        built = registry.load("bevkd.distill", loss.name).build(loss, DistillContext(detector, shapes))
-        again = sum(each.name == loss.name for each in distill.losses[: len(losses)])
-        # Terms of one name would take each other's place.
-        losses.append((f"{loss.name}-{again + 1}" if again else loss.name, loss.teacher, built))
-    caches = {name: (readers[name], signals) for name, signals in signals_of(distill).items() if name in readers}
+    losses = build_losses(distill.losses, detector, {name: each.sample_shapes for name, each in given.items()})
+    caches = {name: (readers[name], signals) for name, signals in signals_of(distill.losses).items() if name in readers}
     depth = _depth_cache(recipe, readers)
     read = {**caches, "the depth of the LiDAR": (depth, ("lidar_depth",))} if depth else caches
     shuffle = block_shuffle(read, distill.local_copy.max_gb)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from bevkd import registry
 from bevkd.cache.encoding import decode
 from bevkd.cache.spec import CacheSpec
 from bevkd.config import PluginConfig
@@ -20,7 +21,15 @@ from bevkd.grid import BEVGrid
 from bevkd.models.detector import Detector, DetectorOutput
 from bevkd.types import Boxes, BoxPoints, Signals, SparseMap, ViewInstances
 
-__all__ = ["DistillContext", "DistillLoss", "DistillLossConfig", "TeacherBatch", "sample_at"]
+__all__ = [
+    "DistillContext",
+    "DistillLoss",
+    "DistillLossConfig",
+    "TeacherBatch",
+    "build_losses",
+    "sample_at",
+    "signals_of",
+]
 
 
 @dataclass(frozen=True)
@@ -127,6 +136,22 @@ class DistillContext:
         shape = self.teacher_shapes.get(stage)
         return shape[0] if shape else self.teacher_shapes[stage.replace("bev", "points")][1]
 
+    def other_tasks(self, remedy: str) -> list[str]:
+        """Return that the student's box codes have other tasks than the cached ones, if so, and ``remedy``."""
+        own, theirs = len(self.student.head.labels_of_task), self.teacher_shapes["box_code"][0]
+        if own == theirs:
+            return []
+        return [
+            f"box_code has {theirs} tasks in the cache and {own} in the student: give the student the teacher's "
+            f"detector.head.tasks, or {remedy}"
+        ]
+
+    def finer_low(self, remedy: str) -> list[str]:
+        """Return that the student's ``bev_low`` is finer than the grid that cached maps lie on, if so."""
+        if getattr(self.student.encoder, "fineness", 1) == 1:
+            return []
+        return [f"bev_low of the student's pillars is finer than the grid: {remedy}"]
+
     def adapter(self, stage: str) -> nn.Module:
         """Return a 1x1 convolution from the student's to the teacher's channels of ``bev_low`` or ``bev_high``."""
         return nn.Conv2d(self.channels(stage), self.teacher_channels(stage), 1)
@@ -149,6 +174,33 @@ class DistillLossConfig(PluginConfig):
         """Return every reason why this student cannot learn from this cache, which holds all of ``signals()``."""
         del context
         return []
+
+
+def signals_of(losses: Sequence[DistillLossConfig]) -> dict[str, tuple[str, ...]]:
+    """Return the signals that the losses read of each teacher."""
+    needed: dict[str, list[str]] = {}
+    for loss in losses:
+        needed.setdefault(loss.teacher, []).extend(loss.signals())
+    return {teacher: tuple(dict.fromkeys(signals)) for teacher, signals in needed.items()}
+
+
+def build_losses(
+    losses: Sequence[DistillLossConfig], student: Detector | Any, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
+) -> list[tuple[str, str, DistillLoss]]:
+    """Return of each loss its label in the log, the name of its teacher, and the loss.
+
+    Args:
+        student: see ``DistillContext``.
+        shapes: per-sample shapes of the signals of each teacher.
+    """
+    built: list[tuple[str, str, DistillLoss]] = []
+    for index, loss in enumerate(losses):
+        again = sum(each.name == loss.name for each in losses[:index])
+        # Terms of one name would take each other's place.
+        label = f"{loss.name}-{again + 1}" if again else loss.name
+        context = DistillContext(student, shapes[loss.teacher])
+        built.append((label, loss.teacher, registry.load("bevkd.distill", loss.name).build(loss, context)))
+    return built
 
 
 @runtime_checkable

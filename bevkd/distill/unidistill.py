@@ -70,17 +70,13 @@ class Config(DistillLossConfig):
     def misfits(self, context: DistillContext) -> list[str]:
         """Return where the student's maps cannot be compared with the cached ones."""
         faults = []
-        own, shapes = context.channels("bev_low"), context.teacher_shapes
+        own = context.channels("bev_low")
         if self.feature > 0 and not self.adapter and own != (theirs := context.teacher_channels("bev_low")):
             faults.append(f"bev_low has {theirs} channels in the cache and {own} in the student: set adapter: true")
-        if self.feature > 0 and getattr(context.student.encoder, "fineness", 1) > 1:
-            faults.append("bev_low of the student's pillars is finer than the grid: set feature: 0")
-        tasks = len(context.student.head.labels_of_task)
-        if self.response > 0 and tasks != shapes["box_code"][0]:
-            faults.append(
-                f"box_code has {shapes['box_code'][0]} tasks in the cache and {tasks} in the student: give the student "
-                "the teacher's detector.head.tasks, or set response: 0"
-            )
+        if self.feature > 0:
+            faults += context.finer_low("set feature: 0")
+        if self.response > 0:
+            faults += context.other_tasks("set response: 0")
         return faults
 
 

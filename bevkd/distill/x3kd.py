@@ -81,8 +81,8 @@ class Config(DistillLossConfig):
             faults.append(
                 "X-OD turns teacher boxes into heatmaps: give the student the head 'center', or set output: 0"
             )
-        if self.feature > 0 and getattr(context.student.encoder, "fineness", 1) > 1:
-            faults.append("bev_low of the student's pillars is finer than the grid: set feature: 0")
+        if self.feature > 0:
+            faults += context.finer_low("set feature: 0")
         if self.instance > 0:
             stride: int = getattr(context.student.encoder, "stride", 1)
             if not hasattr(context.student.encoder, "image_channels"):

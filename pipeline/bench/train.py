@@ -18,6 +18,7 @@ from bevkd.cache.spec import SignalSpec, load_spec
 from bevkd.config import digest, parse
 from bevkd.data.augment import draw_view
 from bevkd.data.join import TrainingDataset
+from bevkd.distill.base import signals_of
 from bevkd.errors import ConfigError
 from bevkd.models.detector import Detector
 from bevkd.progress import Progress, Silent
@@ -29,7 +30,7 @@ from pipeline.online import sensor_keys, train_online
 from pipeline.overlap import usable_cores
 from pipeline.parts import choose_device, open_source
 from pipeline.recipe import CacheRecipe, StudentRecipe, load_cache, load_student
-from pipeline.train_student import prepare_student, signals_of, train_student
+from pipeline.train_student import prepare_student, train_student
 from pipeline.training import training_dataset
 from pipeline.world import make_world
 
@@ -188,7 +189,7 @@ def _untrained(student: StudentRecipe, out: Path) -> CacheRecipe:
         "channels": [16, 32, 64, 128],
         "out_channels": channels // 2,
     }
-    spec = {"name": "bench", "block": 1, "signals": _encodings(signals_of(student.distill))}
+    spec = {"name": "bench", "block": 1, "signals": _encodings(signals_of(student.distill.losses))}
     path = out / "spec.yaml"
     path.write_text(yaml.safe_dump(spec), encoding="utf-8")
     values = {
@@ -216,7 +217,7 @@ def _of_mode(student: StudentRecipe, teacher: CacheRecipe, mode: Mode, out: Path
         return student.model_copy(update={"distill": None})
     path = out / "teacher.yaml"
     path.write_text(yaml.safe_dump(teacher.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    names = signals_of(student.distill)
+    names = signals_of(student.distill.losses)
     changes = {
         "teacher": mode,
         "caches": dict.fromkeys(names, str(_cache_of(out, teacher))),
