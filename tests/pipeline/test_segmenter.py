@@ -11,8 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from bevkd.cache.reader import CacheReader
+from bevkd.data.augment import AugmentConfig, ImageAugment
+from bevkd.data.join import TrainingDataset
+from bevkd.data.sampler import FrameOrder
+from bevkd.models.detector import view_of
 from bevkd.types import Instances
-from pipeline.recipe import SegmenterRecipe, load_cache, load_teacher
+from pipeline.parts import open_source
+from pipeline.recipe import SegmenterRecipe, load_cache, load_student, load_teacher
 from tests.pipeline import kit
 from tests.pipeline.kit import CLASSES, GRID, Bevkd
 
@@ -161,6 +166,35 @@ def test_a_student_learns_its_masks_under_augmentation(bevkd: Bevkd, world: Path
         assert line["x3kd/instance_mask"] > 0
     weights = load_file(tmp_path / "run0" / "model.safetensors")
     assert not [name for name in weights if "controller" in name]
+
+
+def test_masks_are_mirrored_with_the_views_that_are(world: Path, masks: Path, tmp_path: Path) -> None:
+    recipe = load_student(str(kit.write(tmp_path / "student.yaml", kit.train_recipe(world, kit.STUDENT))), [])
+    source, reader = open_source(recipe.data, frozenset({"camera"})), CacheReader.open(masks)
+    token = next(token for token in reader.tokens if len(reader.instances(token)))
+    view, order = view_of(recipe.detector), FrameOrder([token], [], None, 0)
+    flips = AugmentConfig(image=ImageAugment(flip=True))
+    dataset = TrainingDataset(source, view, order, flips, {"masks": (reader, ("instances",))}, 0)
+    samples = [dataset[position] for position in range(8)]
+    straight = {
+        camera: sample
+        for sample in samples
+        for camera, matrix in enumerate(sample.frame.rig.view_from_original)  # type: ignore[union-attr]
+        if matrix[0, 0] > 0
+    }
+    compared = 0
+    for sample in samples:
+        seen = sample.instances["masks"]
+        for camera, matrix in enumerate(sample.frame.rig.view_from_original):  # type: ignore[union-attr]
+            if matrix[0, 0] > 0 or camera not in straight:
+                continue
+            plain = straight[camera].instances["masks"]
+            here, there = seen.cameras == camera, plain.cameras == camera
+            mirrored = plain.boxes[there][:, [2, 1, 0, 3]] * torch.tensor([-1, 1, -1, 1])
+            mirrored += torch.tensor([view.image_width, 0, view.image_width, 0])
+            torch.testing.assert_close(seen.boxes[here], mirrored, atol=1.0, rtol=0)
+            compared += int(here.sum())
+    assert compared > 5
 
 
 def test_a_lidar_student_has_no_images_to_learn_masks_on(
