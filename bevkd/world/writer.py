@@ -9,11 +9,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from bevkd.errors import WorldError
-from bevkd.world.config import TRAIN_SPLIT, VAL_SPLIT, VERSION_FOLDER, WorldConfig
+from bevkd.world.config import TEST_SPLIT, TRAIN_SPLIT, VAL_SPLIT, VERSION_FOLDER, WorldConfig
 from bevkd.world.record import record_scene
 from bevkd.world.rig import RIG
 from bevkd.world.tables import MASK_TABLE, TABLE_NAMES, Tables, constant_tables
@@ -139,7 +140,9 @@ def _write_tables(config: WorldConfig, out: Path, scenes: list[Tables]) -> None:
     for name, rows in tables.items():
         _write_json(folder / f"{name}.json", rows)
     names = [scene["scene"][0]["name"] for scene in scenes]
-    splits = {TRAIN_SPLIT: names[: config.scenes_train], VAL_SPLIT: names[config.scenes_train :]}
+    counts = {TRAIN_SPLIT: config.scenes_train, VAL_SPLIT: config.scenes_val, TEST_SPLIT: config.scenes_test}
+    left = iter(names)
+    splits = {name: list(islice(left, count)) for name, count in counts.items() if count}
     _write_json(folder / "splits.json", splits, indent=1)
     folder.rename(out / VERSION_FOLDER)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from bevkd.errors import WorldError
-from bevkd.world import VERSION_FOLDER, WorldConfig, world_preset, write_world
+from bevkd.world import (
+    TEST_SPLIT,
+    TRAIN_SPLIT,
+    VAL_SPLIT,
+    VERSION_FOLDER,
+    WorldConfig,
+    world_preset,
+    write_world,
+)
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -97,6 +106,14 @@ def test_scenes_are_split_three_to_one() -> None:
     config = world_preset("demo", scenes=200)
     assert (config.scenes_train, config.scenes_val) == (150, 50)
     assert config == world_preset("demo")
+
+
+def test_the_test_split_is_there_if_asked_for_and_shares_no_scene(tmp_path: Path) -> None:
+    world = world_preset("tiny", scenes_test=1, keyframes_per_scene=1, image_height=32, image_width=64)
+    write_world(world, tmp_path / "w")
+    splits = json.loads((tmp_path / "w" / VERSION_FOLDER / "splits.json").read_text())
+    assert {name: len(scenes) for name, scenes in splits.items()} == {TRAIN_SPLIT: 2, VAL_SPLIT: 1, TEST_SPLIT: 1}
+    assert len({scene for scenes in splits.values() for scene in scenes}) == 4
 
 
 def test_no_worker_is_refused(config: WorldConfig, tmp_path: Path) -> None:
