@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -51,7 +52,7 @@ def _caches(values: list[str] | None) -> dict[str, str]:
 @app.command()
 def world(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    preset: Annotated[str, typer.Option(help="tiny, demo, bench or hills.")] = "demo",
+    preset: Annotated[str, typer.Option(help="tiny, demo, bench, full or hills.")] = "demo",
     scenes: Annotated[
         int | None, typer.Option(min=2, help="Number of scenes, a quarter of them for validation.")
     ] = None,
@@ -190,6 +191,135 @@ def evaluate(
         print_json(report.to_json())
     else:
         console.out.print(report.table())
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs, or folders that hold such.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder for table.md, table.json and table.png.")] = None,
+    plain: Annotated[
+        str | None, typer.Option(metavar="LABEL", help="Method that gains are over, as listed; the plain students.")
+    ] = None,
+    bootstrap: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Draw the evaluation's scenes N times, for intervals; e.g. 1000.")
+    ] = 0,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=C", help="Change 'evaluation' of the recipes, e.g. evaluation.data.root."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Put methods side by side: scores and spread over seeds, gains over the plain student, costs."""
+    from pipeline.compare import compare as story
+    from pipeline.compare_report import write_comparison
+
+    comparison = story(runs, plain, bootstrap, overrides or [], Bars(as_json))
+    written = write_comparison(comparison, out) if out is not None else []
+    if as_json:
+        print_json(comparison.to_json())
+    else:
+        _show_comparison(comparison, written)
+
+
+def _show_comparison(comparison: Any, written: Iterable[Path]) -> None:
+    from pipeline.compare_report import rich_table, text_tables
+
+    for table in text_tables(comparison):
+        console.out.print(rich_table(table), "")
+    for warning in comparison.warnings:
+        console.out.print(f"[yellow]{escape(warning)}[/yellow]", highlight=False, soft_wrap=True)
+    for path in written:
+        say(str(path))
+
+
+@app.command()
+def ablate(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the comparison; run again to go on.")],
+    terms: Annotated[
+        str | None, typer.Option(metavar="A,B", help="LOSS.WEIGHT or LOSS, others are off; by default all in use.")
+    ] = None,
+    grid: Annotated[
+        str, typer.Option(metavar="KINDS", help="each, add, drop, all; beside plain and all terms together.")
+    ] = "each",
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each method: 0, 1, ...")] = 3,
+    seed_list: Annotated[str | None, typer.Option(metavar="0,1", help="In place of --seeds.")] = None,
+    cache: Annotated[list[str] | None, typer.Option(metavar="NAME=URI", help="A cache that the losses read.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at once; one per GPU, or one.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all recipes and list the runs; train none.")
+    ] = False,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Train a distilled student with some of its terms at a time, over several seeds, and compare the runs.
+
+    KINDS, apart by commas: each term alone, add one at a time, drop one at a time, all selections.
+    """
+    from pipeline.ablate import KINDS, check, outlook, plan
+    from pipeline.ablate import ablate as story
+    from pipeline.recipe import load_student
+    from pipeline.train_student import with_caches
+
+    kinds = [kind for kind in KINDS if kind in grid.split(",")]
+    if len(kinds) < len(grid.split(",")):
+        raise typer.BadParameter(f"give some of {', '.join(KINDS)}, apart by commas", param_hint="--grid")
+    try:
+        numbers = [int(seed) for seed in seed_list.split(",")] if seed_list else list(range(seeds))
+    except ValueError as error:
+        raise typer.BadParameter("give numbers, apart by commas", param_hint="--seed-list") from error
+    bars = Bars(as_json)
+    loaded = with_caches(load_student(recipe, overrides or []), _caches(cache))
+    points = plan(loaded, out, terms.split(",") if terms else [], kinds, list(dict.fromkeys(numbers)))
+    check(points, bars)
+    if dry_run:
+        _show_outlook(outlook(points), as_json)
+        return
+    result = story(points, out, jobs, bars)
+    if as_json:
+        print_json(result.to_json())
+    elif result.comparison is not None:
+        _show_comparison(result.comparison, result.written)
+    if result.error is not None:
+        raise result.error
+
+
+def _show_outlook(planned: list[Any], as_json: bool) -> None:
+    if as_json:
+        print_json([{**asdict(each), "run": str(each.run)} for each in planned])
+        return
+    for each in planned:
+        state = "finished" if each.step == each.steps else f"{each.step} of {each.steps} steps"
+        time = "" if each.seconds is None else f", {each.seconds / 60:.0f} min"
+        say(f"{each.run}: {each.method}, seed {each.seed}, {state}{time}")
+    left = [each.seconds for each in planned if each.seconds is not None]
+    total = f", {sum(left) / 60:.0f} min one after the other" if left else ""
+    say(f"{len(planned)} runs, {sum(each.steps - each.step for each in planned)} steps to go{total}")
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs, or folders that hold such.")
+    ],
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    frames: Annotated[int, typer.Option(min=0, max=24, help="Frames of the evaluation to draw.")] = 6,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=C", help="Change the recipes, e.g. data.root if the data has moved."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write one self-contained HTML page: what helped and by how much, curves, frames, features, recipes."""
+    from pipeline.report import write_report
+
+    written = write_report(runs, out, frames, overrides or [], Bars(as_json))
+    if as_json:
+        print_json(written.to_json())
+    else:
+        say(written.text)
 
 
 @app.command()
@@ -522,6 +652,29 @@ def bench_train_command(
         return
     console.out.print(result_table(result))
     say(str(plot))
+
+
+@bench_app.command("distill")
+def bench_distill_command(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Of a student.")] = "nuscenes_student",
+    methods: Annotated[
+        list[str] | None, typer.Option("--method", metavar="NAME", help="Measure only this; repeatable.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Frames of a step.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of all timings.")] = 3,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU by default if there is one.")] = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what each distillation loss adds to a training step of a student, with made-up frames and teacher."""
+    from pipeline.bench.distill import DistillSettings, bench_distill, result_table
+
+    settings = DistillSettings(recipe, overrides or (), methods or (), batch, rounds, device=device)
+    result = bench_distill(settings, Bars(as_json))
+    if as_json:
+        print_json(result)
+        return
+    console.out.print(result_table(result))
 
 
 @app.command()

@@ -23,6 +23,7 @@ from bevkd.distill.base import (
     DistillLossConfig,
     TeacherBatch,
     build_losses,
+    loss_labels,
     signals_of,
 )
 from bevkd.errors import ContractError, report
@@ -106,10 +107,15 @@ class Distiller(nn.Module):
     """
 
     def __init__(
-        self, stored: Stored, losses: Sequence[tuple[str, str, DistillLoss]], grid: BEVGrid, shapes: _Shapes
+        self,
+        stored: Stored,
+        losses: Sequence[tuple[str, str, DistillLoss]],
+        configs: Mapping[str, DistillLossConfig],
+        grid: BEVGrid,
+        shapes: _Shapes,
     ) -> None:
         super().__init__()
-        self.stored, self.grid, self._shapes = stored, grid, shapes
+        self.stored, self.grid, self._shapes, self._configs = stored, grid, shapes, dict(configs)
         self._losses = list(losses)
         self.adapters = nn.ModuleList(loss for _, _, loss in losses if isinstance(loss, nn.Module))
 
@@ -159,10 +165,16 @@ class Distiller(nn.Module):
             faults += [f"loss '{loss.name}': {fault}" for fault in _faults(loss, readers, student, classes, tokens)]
         if faults:
             raise report(ContractError, "this model cannot be distilled as asked:", list(dict.fromkeys(faults)))
-        built = build_losses(wanted, student, {name: reader.sample_shapes for name, reader in readers.items()})
+        manifests = {name: reader.manifest for name, reader in readers.items()}
+        built = build_losses(
+            wanted,
+            student,
+            {name: each.sample_shapes for name, each in manifests.items()},
+            {name: each.statistics for name, each in manifests.items()},
+        )
         stored = Stored({name: (readers[name], read) for name, read in signals_of(wanted).items()})
         shapes = _Shapes(grid.shape, len(classes), len(targets.labels_of_task), dict(known))
-        return cls(stored, built, grid, shapes)
+        return cls(stored, built, dict(zip(loss_labels(wanted), wanted, strict=True)), grid, shapes)
 
     def __contains__(self, token: str) -> bool:
         """Return whether every cache holds the frame."""
@@ -180,6 +192,7 @@ class Distiller(nn.Module):
         heatmap: Float[Tensor, "B K Y X"] | None = None,
         box_code: Float[Tensor, "B T 10 Y X"] | None = None,
         bev_affines: Sequence[BEVAffine] | Float[Tensor, "B n n"] | None = None,
+        progress: float | None = None,
     ) -> dict[str, Tensor]:
         """Return every weighted term by name; their sum joins the model's own loss.
 
@@ -193,10 +206,18 @@ class Distiller(nn.Module):
             box_code: see ``bevkd.types.Signals``.
             bev_affines: ``augmented_from_canonical`` of each frame, see ``BEVAffine.from_matrix``; None is no
                 augmentation.
+            progress: share of the run that is done, from 0 to 1, which losses with a ``schedule`` need.
 
         Raises:
-            ContractError: a loss reads a map that was not given, or an augmentation that maps cannot follow.
+            ContractError: a loss reads a map that was not given, or an augmentation that maps cannot follow, or has a
+                schedule and is not told the progress.
         """
+        scheduled = [label for label, config in self._configs.items() if config.schedule]
+        if scheduled and (progress is None or not 0 <= progress <= 1):
+            raise ContractError(
+                f"{', '.join(scheduled)} has a schedule: give progress=step / steps, the share of the run that is done "
+                f"(from 0 to 1, not {progress}), or drop the schedule."
+            )
         maps = {"bev_low": bev_low, "bev_high": bev_high, "heatmap": heatmap, "box_code": box_code}
         given = [each for each in maps.values() if each is not None]
         if not given:
@@ -220,7 +241,11 @@ class Distiller(nn.Module):
         with torch.autocast(device.type, enabled=False):
             teachers = {name: self._decoded(name, stored[name], affines, device) for name in self.stored.caches}
             for label, cache, loss in self._losses:
-                terms |= {f"{label}/{name}": term for name, term in loss(output, teachers[cache], batch).items()}
+                config = self._configs[label]
+                terms |= {
+                    f"{label}/{name}": term * config.factor_of(name, progress or 0.0) if config.schedule else term
+                    for name, term in loss(output, teachers[cache], batch).items()
+                }
         if len(given) < len(maps) and (unknown := [name for name, term in terms.items() if bool(term.isnan())]):
             absent = ", ".join(name for name, each in maps.items() if each is None)
             raise ContractError(
@@ -274,6 +299,6 @@ def _faults(
     if faults:
         return faults
     try:
-        return loss.misfits(DistillContext(student, reader.manifest.sample_shapes))
+        return loss.misfits(DistillContext(student, reader.manifest.sample_shapes, reader.manifest.statistics))
     except ContractError as error:
         return [str(error)]

@@ -17,6 +17,7 @@ from bevkd import registry
 from bevkd.cache.arrays import sample_shapes_of
 from bevkd.cache.catalogue import stored_bytes
 from bevkd.cache.manifest import Header
+from bevkd.cache.packing import ANNOTATED
 from bevkd.cache.sample import stored_signals
 from bevkd.cache.self_check import SelfCheck
 from bevkd.cache.spec import CacheSpec, load_spec
@@ -30,19 +31,20 @@ from bevkd.geometry.symmetries import symmetries_of
 from bevkd.grid import BEVGrid
 from bevkd.progress import Progress, Task
 from bevkd.teachers.base import Teacher
-from bevkd.types import Signals
+from bevkd.types import Boxes, Signals
 from pipeline.overlap import Handover, SampleQueue, Stored, usable_cores, write_overlapped
 from pipeline.parts import check_files, choose_device, open_source
 from pipeline.recipe import CacheRecipe
 from pipeline.self_check import check_boxes
 
 # Where things lie, how fast they are read and which labels were hidden says nothing about a cache.
+_OF_THE_READING = dict.fromkeys(("root", "index_dir", "labels", "labels_seed", "skip_missing"), True)
 _NOT_OF_THE_CACHE = {
     "device": True,
     "loaders": True,
     "spec": True,  # the header holds what it says, the recipe where it lies
     "variants": True,  # the tokens name them
-    "data": {"root", "index_dir", "labels", "labels_seed", "skip_missing"},
+    "data": {**_OF_THE_READING, "sources": {"__all__": _OF_THE_READING}},
     "teacher": {"run", "weights", "checkpoint", "checkpoint_version", "checkpoint_kernels", "seconds_per_frame"},
 }
 
@@ -182,7 +184,7 @@ def cache_teacher(
     written = frames_of(writer, pending)
     with progress.task("caching", frames, "frame", done=frames - written) as task:
         write_blocks(stage, writer, pending, task)
-    return summarise(stage.source, recipe, writer, out, written, progress)
+    return summarise(stage.source, writer, out, written, progress)
 
 
 def prepare(recipe: CacheRecipe, limit: int | None, progress: Progress, device: torch.device | None = None) -> Stage:
@@ -260,9 +262,7 @@ def frames_of(writer: CacheWriter, blocks: Sequence[int]) -> int:
     return sum(len(writer.header.block_tokens(block)) for block in blocks)
 
 
-def summarise(
-    source: FrameSource, recipe: CacheRecipe, writer: CacheWriter, out: str, written: int, progress: Progress
-) -> CacheSummary:
+def summarise(source: FrameSource, writer: CacheWriter, out: str, written: int, progress: Progress) -> CacheSummary:
     """Return what there is at ``out`` now; a cache that misses no block is sealed, by as many processes as find so.
 
     Its boxes are scored before, and the scores go into the seal.
@@ -270,7 +270,7 @@ def summarise(
     frames, missing = len(writer.header.tokens), frames_of(writer, writer.pending())
     if missing:
         return CacheSummary(out, None, frames, written, missing, None, None, len(variants_in(writer.header.tokens)))
-    manifest = writer.seal(partial(check_boxes, source, recipe.data, progress))
+    manifest = writer.seal(partial(check_boxes, source, progress))
     size, variants = stored_bytes(manifest) / frames, len(variants_in(manifest.tokens))
     return CacheSummary(out, manifest.name, frames, written, 0, size, manifest.self_check, variants)
 
@@ -354,11 +354,12 @@ def _infer(stage: Stage, batches: Iterator[Batch], queue: SampleQueue, task: Tas
 
 
 def stored_of(stage: Stage, batch: Batch, signals: Signals, index: int) -> Stored:
-    """Return what the cache stores of one frame of a batch, on the CPU."""
+    """Return what the cache stores of one frame of a batch, on the CPU, and its annotations for the statistics."""
     annotated = [boxes if known else None for boxes, known in zip(batch.boxes, batch.labelled.tolist(), strict=True)]
     signals = replace(signals, lidar_depth=batch.lidar_depth)
     with torch.inference_mode():
-        return stored_signals(signals, annotated, stage.header.spec, stage.header.grid, index)
+        stored = stored_signals(signals, annotated, stage.header.spec, stage.header.grid, index)
+    return {**stored, ANNOTATED: annotated[index] or Boxes.empty()}
 
 
 def _copied(

@@ -7,8 +7,6 @@ with the same start, steps and seed follow: one learns from the labelled tenth, 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +27,7 @@ from bevkd.progress import Progress
 from bevkd.training.tracking import read_log
 from bevkd.types import Boxes
 from pipeline.cache_teacher import cache_teacher
+from pipeline.jobs import Job, run_jobs
 from pipeline.parts import open_source
 from pipeline.recipe import TrainRecipe, load_cache, load_student, load_train
 from pipeline.train_teacher import train_teacher
@@ -175,48 +174,20 @@ def _train_students(out: Path, cache: Path, overrides: Sequence[str], progress: 
     """Train both students at once, as the commands that a user would type, on one thread each."""
     settings = [part for override in overrides for part in ("--set", override)]
     caches = {"plain": [], "distilled": ["--cache", f"teacher={cache}"]}
-    logs = {run: out / f"{run}.log" for run in STUDENTS}
-    processes = {}
+    jobs = []
     for run, recipe in STUDENTS.items():
         if not _finished(out / run):
             arguments = [recipe, "--out", str(out / run), *caches[run], *settings]
             progress.note(f"$ bevkd train-student {' '.join(arguments)}")
-            processes[run] = _start([*arguments, "--resume"], logs[run])
-    steps = sum(load_student(STUDENTS[run], overrides).training.steps for run in processes)
-    _follow({run: out / run for run in processes}, list(processes.values()), steps, progress)
-    failed = [run for run, process in processes.items() if process.returncode != 0]
+            command = (sys.executable, "-m", "cli", "train-student", *arguments, "--resume")
+            steps = load_student(recipe, overrides).training.steps
+            jobs.append(Job(run, command, out / run, out / f"{run}.log", steps))
+    failed = run_jobs(jobs, len(STUDENTS), (), progress)
     if failed:
-        tail = "\n".join(logs[failed[0]].read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
-        raise TrainingError(f"the student '{failed[0]}' failed; the end of {logs[failed[0]]} says:\n{tail}")
-
-
-def _start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start ``bevkd train-student`` with its output in ``log``."""
-    with log.open("wb") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", "cli", "train-student", *arguments],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        student = failed[0]
+        raise TrainingError(
+            f"the student '{student.name}' failed; the end of {student.log} says:\n{student.last_words}"
         )
-
-
-def _follow(runs: dict[str, Path], processes: list[subprocess.Popen[bytes]], total: int, progress: Progress) -> None:
-    """Show the steps of all runs together until their processes end; end them with this one."""
-    done = 0
-    try:
-        with progress.task("training both students", total, "step") as task:
-            while any(process.poll() is None for process in processes):
-                time.sleep(0.5)
-                logs = {name: read_log(run) for name, run in runs.items()}
-                steps = sum(log[-1]["step"] for log in logs.values() if log)
-                losses = {f"{name}_loss": log[-1]["loss"] for name, log in logs.items() if log}
-                task.advance(steps - done, **losses)
-                done = steps
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.terminate()
 
 
 def _draw(out: Path, teacher: TrainRecipe, student: TrainRecipe, rows: dict[str, dict[str, Any]]) -> tuple[Path, ...]:

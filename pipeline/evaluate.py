@@ -10,7 +10,7 @@ from bevkd.config import apply_overrides, parse
 from bevkd.data.source import FrameSource
 from bevkd.errors import ConfigError, ContractError
 from bevkd.evaluation.predict import predict
-from bevkd.evaluation.score import Report, evaluate, metrics_of
+from bevkd.evaluation.score import Report, evaluate, metrics_of, scored_frames
 from bevkd.models.detector import Detector
 from bevkd.progress import Progress
 from pipeline.parts import check_files, contract, is_main_process, open_source
@@ -45,14 +45,17 @@ def evaluate_detector(
     progress: Progress,
     tokens: Sequence[str] | None = None,
 ) -> Report | None:
-    """Predict on the frames of ``source``, keep the detections in the run folder, and return their metrics.
+    """Predict on the annotated frames of ``source``, keep the detections in the run folder, and return their metrics.
 
     Processes of torch.distributed share the work, see ``predict``; the first one returns the metrics, the others None.
 
     Args:
         tokens: evaluate on these frames only, and keep nothing.
+
+    Raises:
+        ContractError: frames have no annotations.
     """
-    frames = source.tokens if tokens is None else tokens
+    frames = scored_frames(source, tokens)
     found = predict(detector, source, frames, progress, config.batch_size, config.workers)
     if not is_main_process():
         return None
@@ -84,31 +87,40 @@ _PLACES = ("root", "index_dir")
 
 
 def evaluate_cache(uri: str, overrides: Sequence[str]) -> Report:
-    """Return the metrics of the teacher's boxes in a cache, on the frames of the cache.
+    """Return the metrics of the teacher's boxes in a cache, on the annotated frames of the cache.
 
     ``overrides`` complete the recorded data config, which does not say where the data set lies.
     """
     reader = CacheReader.open(uri)
     contract(f"{uri} cannot be scored:", reader.require(("boxes",)))
-    return evaluate(source_of_cache(reader, overrides), {token: reader.boxes(token) for token in reader.frames})
+    source = source_of_cache(reader, overrides)
+    frames = [token for token in reader.frames if token in source.annotated]
+    contract(f"{uri} cannot be scored:", [] if frames else ["none of its frames is annotated"])
+    return evaluate(source, {token: reader.boxes(token) for token in frames}, frames)
 
 
 def source_of_cache(reader: CacheReader, overrides: Sequence[str]) -> FrameSource:
-    """Return the data set that a cache was made from, with exactly the frames of the cache.
+    """Return the data set that a cache was made from; it has all frames of the cache.
 
     Raises:
-        ContractError: the data set there is another one, was annotated anew, or has other classes.
+        ContractError: the data set there is another one, was annotated anew, or has other classes or frames.
     """
-    data = reader.manifest.config.get("data")
-    # A cache of a stranger must not say which folders are read and written here.
-    recorded = {key: value for key, value in (data if isinstance(data, dict) else {}).items() if key not in _PLACES}
-    recorded |= {"tokens": list(reader.frames), "labels": 1.0, "skip_missing": False}
-    where = f"the data config recorded in {reader.uri} (it leaves out where the data lies: --set data.root=FOLDER)"
-    source = _source({"data": recorded}, overrides, where)
-    contract(
-        "the data set is not the one of the cache:", reader.require((), classes=source.classes, dataset=source.identity)
-    )
+    hint = "it leaves out where the data lies: --set data.root=FOLDER, or data.sources.0.root and so on"
+    where = f"the data config recorded in {reader.uri} ({hint})"
+    source = _source({"data": _without_places(reader.manifest.config.get("data"))}, overrides, where)
+    faults = reader.require((), classes=source.classes, dataset=source.identity)
+    held = frozenset(source.tokens)
+    if absent := [token for token in reader.frames if token not in held]:
+        faults.append(f"{len(absent)} of {len(reader.frames)} frames of the cache are not in it, first '{absent[0]}'")
+    contract("the data set is not the one of the cache:", faults)
     return source
+
+
+def _without_places(data: object) -> dict[str, object]:
+    """Return a recorded data config without folders: a cache of a stranger must not say which are used here."""
+    kept = {key: value for key, value in (data if isinstance(data, dict) else {}).items() if key not in _PLACES}
+    sources = kept.get("sources")
+    return {**kept, "sources": [_without_places(each) for each in sources]} if isinstance(sources, list) else kept
 
 
 def evaluate_detections(path: Path, overrides: Sequence[str]) -> Report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,10 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def open_source(config: PluginConfig, sensors: frozenset[Sensor], progress: Progress | None = None) -> FrameSource:
-    """Return the data set of a recipe; tells ``progress`` how many frames it leaves out for their sensor files."""
+    """Return the data set of a recipe; tells ``progress`` what it has to say about its frames, e.g. those left out."""
     source: FrameSource = registry.load("bevkd.data.sources", config.name).build(config, sensors)
-    skipped = getattr(source, "skipped", 0)
-    if skipped and progress:
-        frames = skipped + len(source.tokens)
-        progress.note(
-            f"{skipped} of {frames} frames of {source.identity.split} left out: sensor files missing or damaged"
-        )
+    for note in getattr(source, "notes", ()) if progress else ():
+        progress.note(note)
     return source
 
 
@@ -104,7 +101,7 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-_MAY_DIFFER = frozenset(
+MAY_DIFFER = frozenset(
     {
         "device",
         "data.root",
@@ -121,6 +118,19 @@ _MAY_DIFFER = frozenset(
 )
 """What a resumed run may change: where things are, and how they are loaded and kept."""
 
+_SOURCE = re.compile(r"\bdata\.sources\.\d+\.")
+"""Before the keys of one of several data sets that are put together."""
+
+
+def other_recipe(run: Path, recipe: StrictModel) -> list[str]:
+    """Return in what the recipe of a run folder differs from ``recipe``, beyond ``MAY_DIFFER``."""
+    earlier = _completed(read_yaml(run / "recipe.yaml"), type(recipe))
+    return [
+        f"{key}: {old!r} there, {new!r} here"
+        for key, old, new in _differences(earlier, recipe.model_dump(mode="json"))
+        if _SOURCE.sub("data.", key) not in MAY_DIFFER
+    ]
+
 
 def prepare_run(run: Path, recipe: StrictModel, resume: bool) -> None:
     """Create a run folder with the resolved recipe, or check that it belongs to this recipe.
@@ -133,13 +143,7 @@ def prepare_run(run: Path, recipe: StrictModel, resume: bool) -> None:
     resolved = recipe.model_dump(mode="json")
     path = run / "recipe.yaml"
     if path.exists():
-        earlier = _completed(read_yaml(path), type(recipe))
-        different = [
-            f"{key}: {old!r} there, {new!r} here"
-            for key, old, new in _differences(earlier, resolved)
-            if key not in _MAY_DIFFER
-        ]
-        if different:
+        if different := other_recipe(run, recipe):
             raise report(TrainingError, f"{run} holds a run of another recipe; choose another --out:", different[:12])
         if not resume:
             raise TrainingError(f"{run} holds a run of this recipe. Add --resume to go on, or choose another --out.")
@@ -164,6 +168,8 @@ def _completed(earlier: dict[str, Any], kind: type[StrictModel]) -> dict[str, An
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted({*old, *new})
         return [

@@ -228,11 +228,11 @@ def _index_bytes(block: int) -> int:
 
 
 def _text_bytes(record: BlockRecord, header: Header) -> int:
-    """Return the size of all JSON files; the manifest repeats the header and the commit records."""
+    """Return the size of all JSON files; the manifest repeats the header and, but for sums, the commit records."""
     metadata = sum(len(data) for data in metadata_files(header).values())
     token = len(record.tokens[0]) + len('  "",\n')
-    of_block = len(to_json(record)) - len(record.tokens) * token
-    return metadata + len(to_json(header)) + 2 * (header.blocks * of_block + len(header.tokens) * token)
+    of_block = len(to_json(record)) + len(to_json(record.sealed)) - 2 * len(record.tokens) * token
+    return metadata + len(to_json(header)) + header.blocks * of_block + 2 * len(header.tokens) * token
 
 
 # ---------------------------------------------------------------------------------------------- beside the teacher
@@ -333,6 +333,7 @@ class RepeatedFrames:
         self._source = source
         self._original = {f"{source.tokens[k % len(source.tokens)]}#{k}": k % len(source.tokens) for k in range(count)}
         self.tokens = tuple(self._original)
+        self.annotated = frozenset(token for token in self.tokens if self._name(token) in source.annotated)
         self.labelled = frozenset(token for token in self.tokens if self._name(token) in source.labelled)
 
     def _name(self, token: str) -> str:

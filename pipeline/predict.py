@@ -79,4 +79,4 @@ def predict_run(
         out.parent.mkdir(parents=True, exist_ok=True)
         path = metrics_of(source).save_detections(out, source, found, detector.config.sensors)
     boxes = sum(map(len, found.values()))
-    return Predictions(path, source.identity.split, len(found), boxes, bool(source.labelled))
+    return Predictions(path, source.identity.split, len(found), boxes, bool(source.annotated))

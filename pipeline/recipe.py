@@ -17,7 +17,7 @@ from bevkd.distill.base import DistillLossConfig
 from bevkd.errors import ConfigError
 from bevkd.models.detector import DetectorConfig
 from bevkd.models.segmenter import SegmenterConfig
-from bevkd.training.config import TrainingConfig
+from bevkd.training.config import BalanceConfig, TrainingConfig
 
 Source = plugin("bevkd.data.sources")
 _FOLDER = Path(str(resources.files("pipeline"))) / "recipes"
@@ -124,6 +124,8 @@ class DistillConfig(StrictModel):
             count, its frames are not read.
         local_copy: for caches in object stores.
         losses: plug-ins of ``bevkd.distill``.
+        balance: holds each of their terms between 0.1 and 1 times the detection loss, or other bounds; None leaves them
+            as they are weighted.
         frames: ``all`` trains on every frame of ``data``, labelled or not; ``labelled`` on labelled ones only.
     """
 
@@ -132,6 +134,7 @@ class DistillConfig(StrictModel):
     online: dict[str, str] = Field(default={})
     local_copy: LocalCopyConfig = LocalCopyConfig()
     losses: tuple[plugin("bevkd.distill"), ...] = ()  # type: ignore[valid-type]
+    balance: BalanceConfig | None = None
     frames: Literal["all", "labelled"] = "all"
 
     @field_validator("losses")

@@ -32,6 +32,7 @@ from bevkd.cache.writer import CacheWriter
 from bevkd.errors import BevkdError, CacheError, report
 from bevkd.progress import Progress, Silent, Task
 from pipeline.cache_teacher import CacheSummary, Share, Stage, check_space, frames_of, prepare, summarise, write_blocks
+from pipeline.jobs import cuda_devices
 from pipeline.overlap import usable_cores
 from pipeline.recipe import CacheRecipe
 from pipeline.world import make_world
@@ -138,13 +139,13 @@ def cache_on_workers(
         with ExitStack() as stack:
             own = scheduler is None
             if scheduler is None:
-                scheduler = stack.enter_context(local_cluster(workers, _gpus(recipe.device)))
+                scheduler = stack.enter_context(local_cluster(workers, cuda_devices(recipe.device)))
             client = stack.enter_context(connect(scheduler))
             check_workers(client, uri, progress)
             work = partial(cache_block, portable(recipe), uri, teacher)
             failed = _cache_all(client, work, writer, pending, progress, 0 if own else _SPARE)
         _report(out, writer, failed)
-    return summarise(source, recipe, writer, out, frames_of(writer, pending), progress)
+    return summarise(source, writer, out, frames_of(writer, pending), progress)
 
 
 def portable(recipe: CacheRecipe) -> str:
@@ -358,14 +359,6 @@ def _workers(client: Client) -> int:
 def _advertise_gpus(client: Client) -> bool:
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
     return any("GPU" in worker["resources"] for worker in workers)
-
-
-def _gpus(device: str | None) -> list[str]:
-    """Return the CUDA devices that local workers share; none if the recipe asks for another device."""
-    if device is not None and not device.startswith("cuda"):
-        return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
 
 
 def _report(out: str, writer: CacheWriter, failed: dict[int, str]) -> None:

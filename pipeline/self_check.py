@@ -7,17 +7,15 @@ from collections.abc import Mapping, Sequence
 
 from bevkd.cache.reader import CacheReader
 from bevkd.cache.self_check import SelfCheck
-from bevkd.config import PluginConfig
 from bevkd.data.source import FrameSource
 from bevkd.errors import BevkdError
 from bevkd.evaluation.score import evaluate
 from bevkd.grid import BEVGrid
 from bevkd.progress import Progress
 from bevkd.types import Boxes
-from pipeline.parts import open_source
 
 MOST_FRAMES = 2000
-"""Frames that are scored, spread evenly over the labelled ones, so that large caches take no more than minutes."""
+"""Frames that are scored, spread evenly over the annotated ones, so that large caches take no more than minutes."""
 
 MOST_BY_CHANCE = 250
 """Of these, frames that are scored again with the boxes of others."""
@@ -26,13 +24,13 @@ _DIGITS = 4
 """Of the scores, so that they are the same on every machine that may seal the cache."""
 
 
-def check_boxes(source: FrameSource, data: PluginConfig, progress: Progress, reader: CacheReader) -> SelfCheck:
+def check_boxes(source: FrameSource, progress: Progress, reader: CacheReader) -> SelfCheck:
     """Return how the cached boxes, read as a student reads them, score against ground truth.
 
-    Labels that ``data.labels`` hides count: what is hidden from a run says nothing about the cache.
+    All annotated frames count, labelled or not: what is hidden from a run says nothing about the cache.
 
     Args:
-        source: of the run; ``data`` is its config.
+        source: of the run.
         reader: of the finished cache.
     """
     held = reader.manifest
@@ -40,10 +38,9 @@ def check_boxes(source: FrameSource, data: PluginConfig, progress: Progress, rea
         return SelfCheck(not_scored="the cache holds no boxes")
     if source.metrics is None:
         return SelfCheck(not_scored=f"the data set '{held.dataset.name}' has no metrics")
-    labelled = _with_all_labels(source, data).labelled
-    tokens = _spread([token for token in reader.tokens if token in labelled], MOST_FRAMES)
+    tokens = _spread([token for token in reader.tokens if token in source.annotated], MOST_FRAMES)
     if not tokens:
-        return SelfCheck(not_scored="no frame of the cache is labelled")
+        return SelfCheck(not_scored="no frame of the cache is annotated")
     progress.note(f"self-check: scoring the boxes of {len(tokens)} frames")
     boxes = {token: reader.boxes(token) for token in tokens}
     reach = reach_m(held.grid)
@@ -67,12 +64,6 @@ def reach_m(grid: BEVGrid) -> float | None:
     """
     reach = min(-grid.x_m[0], grid.x_m[1], -grid.y_m[0], grid.y_m[1])
     return reach if reach > 0 else None
-
-
-def _with_all_labels(source: FrameSource, data: PluginConfig) -> FrameSource:
-    if getattr(data, "labels", 1.0) == 1.0:
-        return source
-    return open_source(data.model_copy(update={"labels": 1.0, "skip_missing": False}), frozenset())
 
 
 def _spread(tokens: Sequence[str], most: int) -> list[str]:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from bevkd.cache.reader import CacheReader
 from bevkd.data.source import FrameSource
-from bevkd.distill.base import DistillContext, build_losses, signals_of
+from bevkd.distill.base import DistillContext, build_losses, loss_labels, signals_of
 from bevkd.errors import ConfigError
 from bevkd.models.detector import Detector
 from bevkd.progress import Progress
@@ -80,7 +80,8 @@ def _faults(
         )
         faults += [f"{kind} '{name}': {fault}" for fault in misfits]
         if not misfits:
-            context = DistillContext(detector, given[name].sample_shapes)
+            statistics = readers[name].manifest.statistics if name in readers else None
+            context = DistillContext(detector, given[name].sample_shapes, statistics)
             losses = [loss for loss in distill.losses if loss.teacher == name]
             faults += [f"loss '{loss.name}': {fault}" for loss in losses for fault in loss.misfits(context)]
     if depth := _depth_cache(recipe, readers):
@@ -104,12 +105,16 @@ def _build(
 ) -> Distillation:
     """Return the losses, and per cache the signals that they read."""
     given: Mapping[str, CacheReader | LiveTeacher] = {**readers, **teachers}
-    losses = build_losses(distill.losses, detector, {name: each.sample_shapes for name, each in given.items()})
+    shapes = {name: each.sample_shapes for name, each in given.items()}
+    statistics = {name: reader.manifest.statistics for name, reader in readers.items()}
+    losses = build_losses(distill.losses, detector, shapes, statistics)
     caches = {name: (readers[name], signals) for name, signals in signals_of(distill.losses).items() if name in readers}
     depth = _depth_cache(recipe, readers)
     read = {**caches, "the depth of the LiDAR": (depth, ("lidar_depth",))} if depth else caches
     shuffle = block_shuffle(read, distill.local_copy.max_gb)
-    return Distillation(caches, losses, distill.frames == "all", shuffle, depth, teachers)
+    configs = dict(zip(loss_labels(distill.losses), distill.losses, strict=True))
+    unlabelled = distill.frames == "all"
+    return Distillation(caches, losses, unlabelled, shuffle, depth, teachers, configs, distill.balance)
 
 
 def with_caches(recipe: StudentRecipe, caches: Mapping[str, str]) -> StudentRecipe:

@@ -18,16 +18,18 @@ from bevkd.data.identity import DatasetIdentity
 from bevkd.data.join import TrainingDataset, View
 from bevkd.data.sampler import BlockShuffle, FrameOrder, balance
 from bevkd.data.source import FrameSource
-from bevkd.distill.base import DistillLoss, TeacherBatch
+from bevkd.distill.base import DistillLoss, DistillLossConfig, TeacherBatch
 from bevkd.errors import ConfigError, ContractError
-from bevkd.evaluation.score import Report
+from bevkd.evaluation.score import Report, scored_frames
 from bevkd.grid import BEVGrid
 from bevkd.models.detector import Detector, DetectorConfig, view_of
 from bevkd.progress import Progress, Silent
 from bevkd.training.checkpoint import write_atomic
-from bevkd.training.config import TrainingConfig
-from bevkd.training.loop import Trainer, TrainingResult
+from bevkd.training.config import BalanceConfig, TrainingConfig
+from bevkd.training.loop import Trainer
 from bevkd.training.objective import Cached, Objective, SegmenterObjective
+from bevkd.training.result import TrainingResult
+from bevkd.training.terms import Terms
 from pipeline.evaluate import evaluate_detector, open_evaluation
 from pipeline.initial import initialise
 from pipeline.parts import check_files, choose_device, is_main_process, prepare_run
@@ -96,6 +98,8 @@ class Distillation:
         shuffle: None shuffles all frames alike.
         depth: the cache that depth supervision reads; None loads point clouds for it.
         teachers: those at work within the step, by name.
+        configs: of the losses, by label.
+        balance: None leaves their terms as they are weighted.
     """
 
     caches: Mapping[str, tuple[CacheReader, tuple[str, ...]]]
@@ -104,6 +108,8 @@ class Distillation:
     shuffle: BlockShuffle | None = None
     depth: CacheReader | None = None
     teachers: Mapping[str, LiveTeacher] = field(default_factory=dict)
+    configs: Mapping[str, DistillLossConfig] = field(default_factory=dict)
+    balance: BalanceConfig | None = None
 
 
 PLAIN = Distillation({}, [], unlabelled=False)
@@ -140,11 +146,14 @@ def train(
         facts["lidar_depth"] = distillation.depth.manifest.name
     in_loop = None
     if evaluation and held_out:
-        frames = None if evaluation.frames is None else spread(held_out.tokens, evaluation.frames)
+        scored = scored_frames(held_out)
+        frames = None if evaluation.frames is None else spread(scored, evaluation.frames)
         in_loop = InLoop(lambda: evaluate_detector(detector, held_out, evaluation, run, Silent(), frames))
-    trainer, step = open_run(objective, recipe, facts, run, resume, device, in_loop)
-    known = f"{len(labelled)} labelled" + (f" and {len(unlabelled)} unlabelled" if unlabelled else "")
-    progress.note(f"{known} frames" + (f", resuming at step {step}" if step else ""))
+    terms = Terms(distillation.configs, distillation.balance, recipe.training.steps)
+    if unpunished := _invites_inventions(recipe.training, distillation, labelled, unlabelled):
+        terms.warn("no negatives", unpunished)
+    trainer, step = open_run(objective, recipe, facts, run, resume, device, in_loop, terms)
+    progress.note(_counted(source, labelled, unlabelled) + (f", resuming at step {step}" if step else ""))
     if distillation.shuffle:
         window = distillation.shuffle.window
         progress.note(f"the caches exceed the local copy: frames are shuffled {window} blocks at a time")
@@ -168,6 +177,29 @@ def frames_to_train_on(source: FrameSource, distillation: Distillation) -> tuple
     if not labelled and not unlabelled:
         raise ContractError("no frame to train on: none has labels. Raise data.labels, or distil on all frames.")
     return labelled, unlabelled
+
+
+def _counted(source: FrameSource, labelled: Sequence[str], unlabelled: Sequence[str]) -> str:
+    """Return the numbers of frames that take part, in words."""
+    hidden = sum(token in source.annotated for token in unlabelled)
+    others = {"unlabelled": hidden, "unannotated": len(unlabelled) - hidden}
+    *first, last = [f"{len(labelled):,} labelled", *(f"{count:,} {kind}" for kind, count in others.items() if count)]
+    return f"{', '.join(first)} and {last} frames" if first else f"{last} frames"
+
+
+def _invites_inventions(
+    config: TrainingConfig, distillation: Distillation, labelled: Sequence[str], unlabelled: Sequence[str]
+) -> str | None:
+    """Return that on frames without labels nothing punishes objects that are not there, if so, and what to do."""
+    drawn = unlabelled and not (labelled and config.labelled_share == 1)
+    losses = distillation.configs.values()
+    if not drawn or any(getattr(loss, name) > 0 for loss in losses for name in loss.negatives):
+        return None
+    return (
+        f"{len(unlabelled):,} frames have no labels, and there no term punishes objects that the student invents: "
+        f"{', '.join(distillation.configs)} look at features, or where objects are. Add {{name: soft}} or "
+        "{name: x3kd, output: 1} to distill.losses, or set distill.frames: labelled."
+    )
 
 
 def training_dataset(
@@ -203,8 +235,18 @@ def frame_order(
     """Return which frame stands at each position of the run.
 
     Raises:
-        ContractError: classes are to be balanced, but no labelled frame has a box.
+        ContractError: classes are to be balanced, but no labelled frame has a box; or only labelled, or only unlabelled
+            frames are to be drawn, of which there are none.
     """
+    if config.labelled_share == 1 and not labelled:
+        raise ContractError(
+            "training.labelled_share is 1, but no frame has labels: set it to null, or raise data.labels."
+        )
+    if config.labelled_share == 0 and not unlabelled:
+        raise ContractError(
+            "training.labelled_share is 0, but no frame without labels takes part: set it to null, lower data.labels, "
+            "or distil with distill.frames: all."
+        )
     if config.balanced:
         labels = {token: set(source.annotations(token).labels.tolist()) for token in labelled}
         labelled = balance(labels, config.seed)
@@ -223,12 +265,14 @@ def open_run(
     resume: bool,
     device: torch.device,
     in_loop: InLoop | None = None,
+    terms: Terms | None = None,
 ) -> tuple[Trainer, int]:
     """Return the trainer of a run folder, which is made if it is not there, and the step that it goes on from.
 
     Args:
         facts: what weights and checkpoints say about themselves, beside the recipe.
         in_loop: None if the recipe has no evaluation.
+        terms: None leaves the terms of the objective as they are.
 
     Raises:
         ConfigError: an evaluation in the loop is asked for that the recipe does not describe.
@@ -240,7 +284,7 @@ def open_run(
     # One key only: safetensors writes several in an order of chance, and equal runs would have unequal files.
     metadata = {"bevkd": json.dumps({"recipe": digest(recipe), **facts}, sort_keys=True)}
     stored = {**json.loads(json.dumps(facts)), "recipe": recipe.model_dump(mode="json")}
-    trainer = Trainer(objective, recipe.training, run, device.type, metadata, stored, in_loop)
+    trainer = Trainer(objective, recipe.training, run, device.type, metadata, stored, in_loop, terms)
     prepare_run(run, recipe, resume)
     return trainer, trainer.resume()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 from bevkd.evaluation.score import Report
-from bevkd.training.loop import Validation
+from bevkd.training.result import Validation
 
 
 def spread(tokens: Sequence[str], count: int | None) -> tuple[str, ...]:

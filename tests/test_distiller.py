@@ -207,3 +207,34 @@ def test_it_says_which_frames_are_cached(cache: Path) -> None:
     distiller = opened(cache)
     assert CacheReader.open(cache).tokens[0] in distiller
     assert "nowhere" not in distiller
+
+
+def test_a_schedule_scales_terms_by_the_progress_that_the_loop_tells(cache: Path) -> None:
+    scheduled = {**UNIDISTILL, "schedule": {"response": {"warmup": 0.5}}}
+    torch.manual_seed(0)
+    plain = opened(cache, UNIDISTILL)
+    torch.manual_seed(0)
+    distiller = opened(cache, scheduled)
+    arguments = given(plain, cache)
+    wanted, found = plain(**arguments), distiller(**arguments, progress=0.25)
+    torch.testing.assert_close(found["unidistill/feature"], wanted["unidistill/feature"])
+    torch.testing.assert_close(found["unidistill/response_class"], wanted["unidistill/response_class"] / 2)
+
+
+@pytest.mark.parametrize("progress", [{}, {"progress": 1.5}])
+def test_a_schedule_without_progress_is_refused_by_name(cache: Path, progress: dict[str, float]) -> None:
+    distiller = opened(cache, {**UNIDISTILL, "schedule": {"response": {"warmup": 0.5}}})
+    with pytest.raises(ContractError, match=r"unidistill has a schedule: give progress=step / steps"):
+        distiller(**given(distiller, cache), **progress)
+
+
+def test_features_are_standardised_by_the_statistics_of_the_cache(cache: Path) -> None:
+    torch.manual_seed(0)
+    distiller = opened(cache, {**UNIDISTILL, "standardise": True})
+    torch.manual_seed(0)
+    raw = opened(cache, UNIDISTILL)
+    arguments = given(distiller, cache)
+    found, plain = distiller(**arguments), raw(**arguments)
+    assert not torch.equal(found["unidistill/feature"], plain["unidistill/feature"])
+    assert torch.equal(found["unidistill/relation"], plain["unidistill/relation"])
+    assert "mean" not in " ".join(distiller.state_dict())

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bevkd.cache import manifest
+from bevkd.cache.headers import header_differences
 from bevkd.cache.manifest import MANIFEST, ROOT, Header, Manifest
 from bevkd.cache.store import Store, open_store
 from bevkd.cache.variants import frames_in
@@ -92,8 +93,7 @@ def differences(first: Manifest, second: Manifest) -> list[str]:
     if first.name == second.name:
         return []
     found = [
-        f"{field}: {old!r} in the first, {new!r} in the second"
-        for field, old, new in manifest.header_differences(first, second)
+        f"{field}: {old!r} in the first, {new!r} in the second" for field, old, new in header_differences(first, second)
     ]
     if first.tokens != second.tokens:
         old, new = set(first.tokens), set(second.tokens)
@@ -101,6 +101,8 @@ def differences(first: Manifest, second: Manifest) -> list[str]:
         found.append(f"tokens: {len(old - new)} only in the first, {len(new - old)} only in the second{same}")
     elif first.spec.block == second.spec.block:
         found += _shard_differences(first, second)
+    if first.statistics != second.statistics:
+        found.append("statistics: of the features differ")
     if first.self_check != second.self_check:
         checks = (cache.self_check.summary if cache.self_check else "none" for cache in (first, second))
         found.append("self_check: {} in the first; {} in the second".format(*checks))

@@ -18,6 +18,7 @@ from bevkd.cache import ragged
 from bevkd.cache.arrays import LOGIT_FLOOR, LOGIT_LIMIT, LOGIT_STEP
 from bevkd.cache.quantise import Array, Encoded, Quantised, quantise
 from bevkd.cache.spec import SignalSpec
+from bevkd.cache.statistics import FEATURES, ChannelSums
 from bevkd.errors import CacheError
 from bevkd.signals import POINTS
 from bevkd.types import Boxes, BoxPoints, Instances, LidarDepth, SparseMap
@@ -163,7 +164,21 @@ def _quantise_map(signal: str, spec: SignalSpec, exact: Array) -> tuple[Quantise
 
 def _encode_map(signal: str, spec: SignalSpec, value: Tensor | Array, token: str) -> Encoded:
     found, arrays = _quantise_map(signal, spec, _finite(signal, spec, value, token))
-    return Encoded(arrays, found.error, found.cosine)
+    sums = None
+    if signal in FEATURES:
+        levels = arrays[signal].view(f"u{arrays[signal].itemsize}")
+        # Together the bits of all channels, but for the sign of a float, are zero in cells that hold nothing.
+        bits = np.bitwise_or.reduce(levels, axis=0)
+        filled = (bits << 1 if spec.encoding == "float16" else bits) != 0
+        sums = sums_over(filled, found.sums, found.squares)
+    return Encoded(arrays, found.error, found.cosine, sums)
+
+
+def sums_over(filled: Array, sums: Array, squares: Array) -> ChannelSums:
+    """Return the sums of one sample, of whose cells or points some are ``filled``."""
+    return ChannelSums(
+        positions=filled.size, filled=int(filled.sum()), sums=tuple(sums.tolist()), squares=tuple(squares.tolist())
+    )
 
 
 def _encode_sparse(signal: str, spec: SignalSpec, value: SparseMap, token: str) -> Encoded:

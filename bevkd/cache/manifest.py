@@ -16,10 +16,11 @@ from bevkd.cache import blocks
 from bevkd.cache.arrays import ArraySpec, all_arrays
 from bevkd.cache.self_check import SelfCheck
 from bevkd.cache.spec import CacheSpec, SignalName
+from bevkd.cache.statistics import FEATURES, ChannelStatistics, ChannelSums
 from bevkd.cache.store import FileRecord, Store
 from bevkd.config import StrictModel, digest, parse
 from bevkd.data.identity import DatasetIdentity
-from bevkd.errors import CacheError, ConfigError, report
+from bevkd.errors import CacheError, ConfigError
 from bevkd.grid import BEVGrid
 from bevkd.signals import MAPS, POINTS
 
@@ -152,7 +153,12 @@ class SignalStats(StrictModel):
 
 
 class BlockRecord(StrictModel):
-    """Proof that a block is complete: ``commits/<block>.json``, written after all its shards."""
+    """Proof that a block is complete: ``commits/<block>.json``, written after all its shards.
+
+    Attributes:
+        sums: from which the manifest's ``statistics`` are made; the manifest's own records leave them out.
+        sums_sha256: their digest, which the manifest keeps; None in blocks that an older bevkd wrote, without sums.
+    """
 
     block: int = Field(ge=0)
     tokens: tuple[Token, ...]
@@ -160,6 +166,19 @@ class BlockRecord(StrictModel):
     stats: dict[SignalName, SignalStats]
     teacher: Sha256
     versions: dict[str, str]
+    sums: dict[SignalName, ChannelSums] = Field(default_factory=dict)
+    sums_sha256: Sha256 | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> BlockRecord:
+        if self.sums and digest_of(self.sums) != self.sums_sha256:
+            raise ValueError("sums: their digest is not sums_sha256")
+        return self
+
+    @property
+    def sealed(self) -> BlockRecord:
+        """The record as the manifest holds it."""
+        return self.model_copy(update={"sums": {}})
 
     def faults(self, header: Header, block: int) -> list[str]:
         """Return how this record does not fit block ``block`` of ``header``."""
@@ -179,12 +198,15 @@ class Manifest(Header):
     Attributes:
         name: SHA-256 of everything else in the manifest, which is the cache's name.
         files: the ``zarr.json`` files by path in the cache.
+        statistics: of features, by signal; of points also where the cache holds the map that they lie on. Caches of an
+            older bevkd have none.
         self_check: how its boxes score; None if whoever sealed the cache did not look.
     """
 
     name: Sha256
     records: tuple[BlockRecord, ...]
     files: dict[str, FileRecord]
+    statistics: dict[SignalName, ChannelStatistics] = Field(default_factory=dict)
     self_check: SelfCheck | None = None
 
     @model_validator(mode="after")
@@ -198,7 +220,24 @@ class Manifest(Header):
                 raise ValueError("; ".join(found))
         if set(self.files) != {ROOT, *(f"{array.name}/{ROOT}" for array in self.arrays)}:
             raise ValueError(f"files: lists {sorted(self.files)}")
+        for signal, kept in self.statistics.items():
+            if signal not in FEATURES:
+                raise ValueError(f"statistics: there are none of {signal}")
+            if (channels := self._channels(signal)) != len(kept.mean):
+                raise ValueError(f"statistics.{signal} has {len(kept.mean)} channels, the cache {channels}")
         return self
+
+    def _channels(self, signal: str) -> int | None:
+        """Return the channels of a feature signal, or of the map that its points lie on."""
+        if signal in self.sample_shapes:
+            return self.sample_shapes[signal][1 if signal in POINTS else 0]
+        shape = self.sample_shapes.get(POINTS.get(signal, ""))
+        return shape[0] if shape else None
+
+
+def digest_of(sums: Mapping[str, ChannelSums]) -> str:
+    """Return the SHA-256 of the sums of a block."""
+    return digest({name: own.model_dump(mode="json") for name, own in sums.items()})
 
 
 def name_of(manifest: Mapping[str, Any]) -> str:
@@ -354,42 +393,3 @@ def refuse_foreign(store: Store) -> None:
     # The root is the first file of a cache: a writer that begins one meanwhile has written it when others are seen.
     if not store.exists(ROOT) and not store.empty() and not store.exists(ROOT):
         raise CacheError(f"{store.uri} is not empty and holds no cache. Give a new or an empty folder.")
-
-
-def check_same(place: str, existing: Header, wanted: Header) -> None:
-    """Check that a run may go on with a cache that another run began; package versions may differ.
-
-    Raises:
-        CacheError: names every field that differs.
-    """
-    faults = [
-        f"{key}: the cache has {old!r}, this run {new!r}" for key, old, new in header_differences(existing, wanted)
-    ]
-    if existing.tokens != wanted.tokens:
-        added, gone = set(wanted.tokens) - set(existing.tokens), set(existing.tokens) - set(wanted.tokens)
-        how = f"{len(added)} are new, {len(gone)} are gone" if added or gone else "their order differs"
-        faults.append(f"tokens: the cache has {len(existing.tokens)}, this run {len(wanted.tokens)}; {how}")
-    if faults:
-        headline = (
-            f"{place} was begun by a different run. Write to another folder, undo these differences, or delete the "
-            "folder to start again:"
-        )
-        raise report(CacheError, headline, faults)
-
-
-def header_differences(first: Header, second: Header) -> list[tuple[str, Any, Any]]:
-    """Return the path and both values of every field that differs, but tokens and package versions."""
-    fields = set(Header.model_fields) - {"tokens", "versions"}
-    old, new = (_flat(header.model_dump(mode="json", include=fields)) for header in (first, second))
-    keys = sorted(old.keys() | new.keys())
-    return [(key, old.get(key, "nothing"), new.get(key, "nothing")) for key in keys if old.get(key) != new.get(key)]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    return {
-        path: leaf
-        for key, child in value.items()
-        for path, leaf in _flat(child, f"{prefix}.{key}" if prefix else str(key)).items()
-    }

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bevkd.cache.arrays import LOGIT_CUT, LOGIT_FLOOR, LOGIT_LIMIT, LOGIT_STEP
+from bevkd.cache.statistics import ChannelSums
 
 Array = npt.NDArray[Any]
 
@@ -29,11 +30,13 @@ class Encoded:
         arrays: stored array per array name.
         error: see ``SignalSpec.max_error``.
         cosine: cosine similarity of input and stored values; 1 if both are all zero, 0 if one is.
+        sums: of a feature map's channels, for the statistics.
     """
 
     arrays: dict[str, Array]
     error: float
     cosine: float
+    sums: ChannelSums | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Quantised:
         scales, offsets: [R] float32.
         error: relative L2 norm of the difference; of logits the largest difference of a probability.
         cosine: cosine similarity of input and stored values; 1 if both are all zero, 0 if one is.
+        sums, squares: [R] of each row's stored values and of their squares; of logits those of the probabilities.
     """
 
     levels: Array
@@ -52,6 +56,8 @@ class Quantised:
     offsets: Array
     error: float
     cosine: float
+    sums: Array
+    squares: Array
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ def quantise(encoding: str, rows: Array, levels: int = 127) -> Quantised:
     """
     stored = np.empty(rows.shape, _DTYPES.get(encoding, "u1"))
     scales, offsets = np.ones(len(rows), np.float32), np.zeros(len(rows), np.float32)
-    squares = np.zeros(4)  # summed: input^2, stored^2, difference^2, input * stored
+    sums, products = np.zeros(len(rows)), np.zeros((len(rows), 4))
     worst = 0.0
     for index, values in enumerate(rows):
         row = _ENCODERS[encoding](values, levels)
@@ -81,13 +87,15 @@ def quantise(encoding: str, rows: Array, levels: int = 127) -> Quantised:
             before, after = _sigmoid(before), _sigmoid(after)
             worst = max(worst, _largest(before, after))
         difference = after - before
-        products = (before * before, after * after, difference * difference, before * after)
-        squares += [product.sum() for product in products]
-    input2, stored2, difference2, product = squares.tolist()
+        sums[index] = after.sum()
+        pairs = ((before, before), (after, after), (difference, difference), (before, after))
+        products[index] = [(one * other).sum() for one, other in pairs]
+    input2, stored2, difference2, product = (sum(column) for column in products.T.tolist())
     norm = math.sqrt(input2) * math.sqrt(stored2)
     cosine = product / norm if norm > 0 else float(input2 == stored2)
     relative = math.sqrt(difference2 / input2) if input2 > 0 else 0.0
-    return Quantised(stored, scales, offsets, worst if encoding in ("logit8", "logits") else relative, cosine)
+    error = worst if encoding in ("logit8", "logits") else relative
+    return Quantised(stored, scales, offsets, error, cosine, sums, products[:, 1])
 
 
 def _largest(before: Array, after: Array) -> float:

@@ -103,11 +103,21 @@ def _copy_block(origin: Store, goal: Store, record: BlockRecord, sealed: Manifes
                 f"{goal.uri} holds other shards of block {record.block} than {origin.uri}. Delete {', '.join(files)} "
                 "there, and run again."
             )
-        goal.create(record_key(record.block), manifest.to_json(record))
+        goal.create(record_key(record.block), manifest.to_json(_committed(origin, record)))
         committed = True
     finally:
         goal.discard(staged, committed)
     return sum(entry.bytes for entry in files.values())
+
+
+def _committed(origin: Store, record: BlockRecord) -> BlockRecord:
+    """Return the commit record of a block, which also holds what the manifest leaves out."""
+    key = record_key(record.block)
+    place = origin.place(key)
+    found = manifest.parse_json(BlockRecord, manifest.read_json(origin, key), place)
+    if found.sealed != record:
+        raise CacheError(f"{place} is not the record in the manifest. {RESTORE}.")
+    return found
 
 
 def _fetch(origin: Store, key: str, path: Path, wanted: FileRecord) -> None:

@@ -9,8 +9,9 @@ import numpy as np
 
 from bevkd.cache import shard
 from bevkd.cache.arrays import ArraySpec
-from bevkd.cache.manifest import BlockRecord, parse_json, read_json, record_key
+from bevkd.cache.manifest import MANIFEST, BlockRecord, digest_of, parse_json, read_json, record_key
 from bevkd.cache.reader import CacheReader
+from bevkd.cache.statistics import ChannelSums, statistics_of
 from bevkd.errors import CacheError
 from bevkd.progress import Progress, Silent
 
@@ -27,27 +28,34 @@ def verify(uri: str | Path, deep: bool = False, progress: Progress | None = None
         reader = CacheReader.open(uri)
     except CacheError as error:
         return [str(error)]
-    faults = []
+    faults: list[str] = []
+    sums: list[dict[str, ChannelSums]] = []
     with (progress or Silent()).task("verify", reader.manifest.blocks, "block") as task:
         for record in reader.manifest.records:
-            found = _check_record(reader, record)
+            committed = _committed(reader, record)
+            found = [committed] if isinstance(committed, str) else []
+            sums += [] if isinstance(committed, str) else [committed.sums]
             for array in reader.arrays(sorted(reader.manifest.spec.signals)):
                 found += _check_shard(reader, array, record)
             if deep and not found:
                 found = _check_samples(reader, record)
             faults += found
             task.advance(faults=len(faults))
+    if len(sums) == reader.manifest.blocks and statistics_of(sums) != reader.manifest.statistics:
+        faults.append(f"the statistics in {reader.store.place(MANIFEST)} are not those of the commit records")
     return faults
 
 
-def _check_record(reader: CacheReader, record: BlockRecord) -> list[str]:
+def _committed(reader: CacheReader, record: BlockRecord) -> BlockRecord | str:
+    """Return the commit record of a block, or what is wrong with it."""
     key = record_key(record.block)
     place = reader.store.place(key)
     try:
         found = parse_json(BlockRecord, read_json(reader.store, key), place)
     except CacheError as error:
-        return [str(error)]
-    return [] if found == record else [f"{place} is not the record in the manifest"]
+        return str(error)
+    whole = found.sealed == record and record.sums_sha256 in (None, digest_of(found.sums))
+    return found if whole else f"{place} is not the record in the manifest"
 
 
 def _check_shard(reader: CacheReader, array: ArraySpec, record: BlockRecord) -> list[str]:

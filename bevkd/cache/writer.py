@@ -12,7 +12,6 @@ the record if it comes after all.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import math
 import random
@@ -21,11 +20,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from bevkd.cache import manifest, shard
 from bevkd.cache.arrays import arrays_for, sample_shapes_of
-from bevkd.cache.encoding import Encoded, Value, encode, shape_of
+from bevkd.cache.encoding import Encoded, Value
+from bevkd.cache.headers import check_same
 from bevkd.cache.manifest import (
     COMMITS,
     MANIFEST,
@@ -37,13 +37,14 @@ from bevkd.cache.manifest import (
     record_key,
     refuse_foreign,
 )
+from bevkd.cache.packing import Packed, pack
 from bevkd.cache.reader import CacheReader
 from bevkd.cache.self_check import SelfCheck
 from bevkd.cache.spec import CacheSpec
+from bevkd.cache.statistics import ChannelSums, added, statistics_of
 from bevkd.cache.store import FileRecord, Store, open_store
 from bevkd.config import parse
-from bevkd.errors import CacheError, CacheSpecError, ConfigError
-from bevkd.types import Boxes
+from bevkd.errors import CacheError, ConfigError
 
 PATIENCE_S = 10.0
 """How long an attempt waits for the record of another attempt that has published its shards."""
@@ -74,13 +75,6 @@ def estimate_bytes(spec: CacheSpec, sample_shapes: Mapping[str, tuple[int, ...]]
     return math.ceil(per_sample * n)
 
 
-class Compressed(NamedTuple):
-    """One sample as it goes to the shards: compressed bytes per array, and what encoding cost."""
-
-    arrays: dict[str, bytes]
-    stats: dict[str, Encoded]
-
-
 class CacheWriter:
     """Writes the blocks of one cache; :meth:`open` creates or resumes it."""
 
@@ -108,7 +102,7 @@ class CacheWriter:
             store.prepare(())
             if not store.create(ROOT, manifest.to_json(shard.group_metadata(header))):
                 existing = manifest.read_header(store)
-                manifest.check_same(store.uri, existing, header)
+                check_same(store.uri, existing, header)
                 header = existing
             store.prepare((COMMITS, *(array.name for array in header.arrays)))
             for key, data in shard.metadata_files(header).items():
@@ -130,8 +124,8 @@ class CacheWriter:
         """Write and commit one block; a committed block is left as it is and its record returned.
 
         Args:
-            samples: per token of the block, in order, the signals of the spec (others are ignored): maps
-                [C,Y,X] or [T,10,Y,X], and boxes. They are consumed one by one.
+            samples: per token of the block, in order, the signals of the spec: maps [C,Y,X] or [T,10,Y,X], boxes, and
+                what else it stores; see ``bevkd.cache.packing.pack``. They are consumed one by one.
             pool: threads that encode and compress; None does so in this one.
             ahead: samples that are in the pool at once.
 
@@ -147,7 +141,7 @@ class CacheWriter:
                 for array in self._arrays:
                     key = shard.shard_name(array, block)
                     staged[key] = self.store.stage(key)
-            stats, files = self._write_shards(block, samples, staged, pool, ahead)
+            stats, sums, files = self._write_shards(block, samples, staged, pool, ahead)
             record = BlockRecord(
                 block=block,
                 tokens=self.header.block_tokens(block),
@@ -155,6 +149,8 @@ class CacheWriter:
                 stats=stats,
                 teacher=self.header.teacher.fingerprint,
                 versions=manifest.package_versions(),
+                sums=sums,
+                sums_sha256=manifest.digest_of(sums),
             )
             with _reporting(self.store, self):
                 self._commit(record, staged, files)
@@ -184,7 +180,9 @@ class CacheWriter:
             self._check_shards(records)
             self.store.sweep(self._folders, everything=True)
             data = self.header.model_dump(mode="json")
-            data["records"] = [record.model_dump(mode="json") for record in records]
+            data["records"] = [record.model_dump(mode="json", exclude={"sums"}) for record in records]
+            found = statistics_of(record.sums for record in records)
+            data["statistics"] = {name: each.model_dump(mode="json") for name, each in found.items()}
             data["files"] = {
                 key: self.store.record(key).model_dump(mode="json") for key in shard.metadata_files(self.header)
             }
@@ -219,38 +217,40 @@ class CacheWriter:
         staged: Mapping[str, Path],
         pool: Executor | None,
         ahead: int,
-    ) -> tuple[dict[str, SignalStats], dict[str, FileRecord]]:
+    ) -> tuple[dict[str, SignalStats], dict[str, ChannelSums], dict[str, FileRecord]]:
         stats: dict[str, SignalStats] = {}
+        sums: dict[str, ChannelSums] | None = None
         with contextlib.ExitStack() as stack:
             with _reporting(self.store, self):
                 shards = {
                     key.partition("/")[0]: stack.enter_context(shard.ShardWriter(temp, self.header.spec.block))
                     for key, temp in staged.items()
                 }
-            for compressed in self._compressed(block, samples, pool, ahead):
+            for packed in self._packed(block, samples, pool, ahead):
                 with _reporting(self.store, self):
-                    for name, data in compressed.arrays.items():
+                    for name, data in packed.arrays.items():
                         shards[name].append(data)
-                for signal, encoded in compressed.stats.items():
+                for signal, encoded in packed.stats.items():
                     stats[signal] = _worst(stats.get(signal), encoded)
+                sums = packed.sums if sums is None else added(sums, packed.sums)
             with _reporting(self.store, self):
-                return stats, {key: shards[key.partition("/")[0]].finish() for key in staged}
+                return stats, sums or {}, {key: shards[key.partition("/")[0]].finish() for key in staged}
 
-    def _compressed(
+    def _packed(
         self, block: int, samples: Iterable[Mapping[str, Value]], pool: Executor | None, ahead: int
-    ) -> Iterator[Compressed]:
-        """Yield the samples of a block in order, compressed, ``ahead`` of them at once in the pool."""
+    ) -> Iterator[Packed]:
+        """Yield the samples of a block in order, packed, ``ahead`` of them at once in the pool."""
         tokens, taken = self.header.block_tokens(block), 0
-        running: deque[Future[Compressed]] = deque()
+        running: deque[Future[Packed]] = deque()
         try:
             for sample in samples:
                 if taken == len(tokens):
                     raise CacheError(f"block {block} got more than its {len(tokens)} samples; give one per token.")
                 taken += 1
                 if pool is None:
-                    yield self._compress(sample, tokens[taken - 1])
+                    yield pack(self.header, sample, tokens[taken - 1])
                     continue
-                running.append(pool.submit(self._compress, sample, tokens[taken - 1]))
+                running.append(pool.submit(pack, self.header, sample, tokens[taken - 1]))
                 if len(running) >= ahead:
                     yield running.popleft().result()
             while running:
@@ -260,37 +260,6 @@ class CacheWriter:
                 future.cancel()
         if taken < len(tokens):
             raise CacheError(f"block {block} got {taken} samples for {len(tokens)} tokens; give one per token.")
-
-    def _compress(self, sample: Mapping[str, Value], token: str) -> Compressed:
-        arrays: dict[str, bytes] = {}
-        stats = {}
-        for signal in sorted(self.header.spec.signals):
-            encoded = self._encode(signal, sample, token)
-            arrays |= {name: shard.compress(stored) for name, stored in encoded.arrays.items()}
-            stats[signal] = dataclasses.replace(encoded, arrays={})
-        return Compressed(arrays, stats)
-
-    def _encode(self, signal: str, sample: Mapping[str, Value], token: str) -> Encoded:
-        value = sample.get(signal)
-        if value is None:
-            raise CacheSpecError(
-                f"sample '{token}' has no {signal}, only {', '.join(sorted(sample)) or 'nothing'}. Remove "
-                f"signals.{signal} from the cache spec, or use a teacher that writes it."
-            )
-        shape, found = self.header.sample_shapes.get(signal), shape_of(value)
-        if found is not None and found != shape:
-            raise CacheError(
-                f"{signal} of sample '{token}' is {list(found)}, the cache was begun with {list(shape or ())}. "
-                "Write to a new folder if the teacher was changed."
-            )
-        if isinstance(value, Boxes) and len(value):
-            low, high = int(value.labels.min()), int(value.labels.max())
-            if low < 0 or high >= len(self.header.classes):
-                raise CacheError(
-                    f"{signal} of sample '{token}' has labels from {low} to {high} for {len(self.header.classes)} "
-                    "classes. Check the class list of the teacher."
-                )
-        return encode(signal, self.header.spec.signals[signal], value, token)
 
     def _commit(self, record: BlockRecord, staged: Mapping[str, Path], files: Mapping[str, FileRecord]) -> None:
         deadline = time.monotonic() + self._patience(files)

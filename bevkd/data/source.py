@@ -15,15 +15,17 @@ from bevkd.types import Boxes, Frame
 Sensor = Literal["lidar", "camera", "previous_camera", "radar", "lidar_depth"]
 """What can be loaded of a frame. ``previous_camera`` adds the images of the key frame before, with the rig of that time
 in the BEV frame of now; at the start of a scene the frame itself stands in for it. ``lidar_depth`` is the depth of the
-key frame's own LiDAR returns in the cameras."""
+frame's own LiDAR returns in the cameras."""
 
 
 class FrameSource(Protocol):
-    """A data set: an ordered list of key frames, loaded by token.
+    """A data set: an ordered list of frames, loaded by token.
 
     Instances are pickled into loader workers, so they hold paths and small arrays, never a data set's tables.
 
     Attributes:
+        annotated: frames whose annotations are known, whether or not they are ``labelled``: only they can be scored.
+        labelled: those of them that come with boxes.
         metrics: module of ``bevkd.evaluation`` that scores detections on these frames, or, with dots, a module from
             elsewhere (see ``bevkd.evaluation.score.Metrics``); None if there is none.
     """
@@ -32,6 +34,7 @@ class FrameSource(Protocol):
     metrics: str | None
     classes: tuple[str, ...]
     tokens: tuple[str, ...]
+    annotated: frozenset[str]
     labelled: frozenset[str]
 
     def load(self, token: str, sensors: frozenset[Sensor], views: Mapping[str, ImageView] | None = None) -> Frame:
@@ -48,7 +51,10 @@ class FrameSource(Protocol):
         ...
 
     def annotations(self, token: str) -> Boxes:
-        """Return the frame's boxes whether or not it is ``labelled``: for evaluation and pictures only."""
+        """Return the boxes of an ``annotated`` frame, ``labelled`` or not: for evaluation and pictures only.
+
+        Other frames have none, which does not mean that there is nothing in them.
+        """
         ...
 
     def global_from_lidar(self, token: str) -> Float[Tensor, "4 4"]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -35,15 +35,20 @@ class Config(DistillLossConfig):
         attention: weight of the head attention, summed over tasks.
         variant: ``code`` decodes to the student's channels and compares codes everywhere; ``paper`` decodes to the
             teacher's channels and compares codes at the objects alone.
+        standardise: the teacher's map at mean 0 and standard deviation 1 per channel, by the statistics of the cache,
+            for the auto-encoder and whatever is compared with the teacher. The term in the student's own channels
+            keeps the student's scale.
         hidden: widths of the encoder's two hidden layers; the decoder has them in reverse.
         code: channels of the compressed map.
         slots: objects of a frame that are looked at. Sums over objects are divided by all slots, filled or not.
     """
 
+    weights: ClassVar[tuple[str, ...]] = ("feature", "attention")
     name: Literal["itkd"] = "itkd"
     feature: float = Field(default=1.0, ge=0)
     attention: float = Field(default=1.0, ge=0)
     variant: Literal["code", "paper"] = "code"
+    standardise: bool = False
     hidden: tuple[int, int] = (128, 64)
     code: int = Field(default=32, gt=0)
     slots: int = Field(default=500, gt=0)
@@ -54,8 +59,9 @@ class Config(DistillLossConfig):
         return (*maps, "heatmap", "box_code") if self.attention > 0 else maps
 
     def misfits(self, context: DistillContext) -> list[str]:
-        """Return why the student's head cannot be compared with the cached one."""
-        return context.other_tasks("set attention: 0") if self.attention > 0 else []
+        """Return why the student cannot be compared with the cached teacher."""
+        faults = context.no_statistics("bev_high") if self.feature > 0 and self.standardise else []
+        return faults + (context.other_tasks("set attention: 0") if self.attention > 0 else [])
 
 
 class ChannelAutoencoder(nn.Module):
@@ -102,10 +108,10 @@ def interchange_losses(
     slots = len(student) * config.slots
     at_objects = covered if config.variant == "code" else _marked(cells, covered)
     return {
-        "student_to_teacher": _mean_over(to_teacher - teacher, covered)
+        "feature_to_teacher": _mean_over(to_teacher - teacher, covered)
         + _at_objects(to_teacher, teacher, cells, slots),
-        "teacher_to_student": _mean_over(from_teacher - own, covered) + _at_objects(from_teacher, own, cells, slots),
-        "compressed": _mean_over(student_code - teacher_code, at_objects),
+        "feature_to_student": _mean_over(from_teacher - own, covered) + _at_objects(from_teacher, own, cells, slots),
+        "feature_compressed": _mean_over(student_code - teacher_code, at_objects),
     }
 
 
@@ -173,19 +179,21 @@ class ITKD(nn.Module):
         if config.feature > 0:
             own, theirs = context.channels("bev_high"), context.teacher_channels("bev_high")
             self.networks = ChannelAutoencoder(own, theirs, config)
+            self.standardise = context.standardise("bev_high") if config.standardise else nn.Identity()
         if config.attention > 0:
             groups = [(len(labels), *BRANCHES.values()) for labels in self.labels_of_task]
             self.attentions = nn.ModuleList(HeadAttention(each, config.slots) for each in groups)
 
     def forward(self, student: DetectorOutput, teacher: TeacherBatch, batch: Batch) -> dict[str, Tensor]:
-        """Return ``student_to_teacher``, ``teacher_to_student``, ``compressed`` and ``attention``, weighted."""
+        """Return ``feature_to_teacher``, ``feature_to_student``, ``feature_compressed`` and ``attention``, weighted."""
         terms = {}
         cells, labels = object_cells(batch.boxes, self.grid)
         if self.config.feature > 0:
             theirs, covered = teacher.warped("bev_high")
             seen = covered[cells[:, 0], 0, cells[:, 1], cells[:, 2]]
             own = student.bev_high.float()
-            losses = interchange_losses(self.networks, own, theirs.float(), covered, cells[seen], self.config)
+            target = self.standardise(theirs.float())
+            losses = interchange_losses(self.networks, own, target, covered, cells[seen], self.config)
             terms = {name: self.config.feature * value for name, value in losses.items()}
         if self.config.attention > 0:
             terms["attention"] = self.config.attention * self._attention(student.head, teacher, cells, labels)

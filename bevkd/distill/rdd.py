@@ -9,7 +9,7 @@ frame, S cells along a side of a region.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +20,7 @@ from torch.nn import functional
 from bevkd.data.collate import Batch
 from bevkd.distill.base import DistillContext, DistillLoss, DistillLossConfig, TeacherBatch
 from bevkd.geometry.gaussian import gaussian_radius
+from bevkd.geometry.sampling import mean_at
 from bevkd.grid import BEVGrid
 from bevkd.models.detector import DetectorOutput
 from bevkd.models.heads.center import LOG_SIZE_LIMIT
@@ -47,6 +48,8 @@ class Config(DistillLossConfig):
         box: compare box codes in regions too, as the paper does for anchor heads only.
     """
 
+    weights: ClassVar[tuple[str, ...]] = ("feature", "logit")
+    negatives: ClassVar[tuple[str, ...]] = ("logit",)
     name: Literal["rdd"] = "rdd"
     feature: float = Field(default=0.2, ge=0)
     logit: float = Field(default=0.2, ge=0)
@@ -164,11 +167,12 @@ def pooled(
     Args:
         positions: of the samples, in the frame of the maps, metres.
     """
-    side = positions.shape[2]
-    where = grid.to_sampling(positions.flatten(1, 2))
-    sampled = functional.grid_sample(maps.float(), where.float(), align_corners=False)
-    means = functional.avg_pool2d(sampled, _SAMPLES)
-    return means.view(*means.shape[:2], -1, side // _SAMPLES, side // _SAMPLES)
+    batch, regions, side = positions.shape[:3]
+    cells = side // _SAMPLES
+    apart = positions.view(batch, regions, cells, _SAMPLES, cells, _SAMPLES, 2).transpose(3, 4)
+    samples = apart.reshape(batch * regions * cells**2, _SAMPLES**2, 2)
+    frame = torch.arange(batch, device=maps.device).repeat_interleave(regions * cells**2)
+    return mean_at(maps, samples, frame, grid).view(batch, regions, cells, cells, -1).movedim(-1, 1)
 
 
 def disparities(
@@ -178,8 +182,9 @@ def disparities(
     tau: float,
 ) -> Float[Tensor, "B P"]:
     """Return the distance of each region's channel distributions (equations 2 and 7); cells outside add nothing."""
-    difference = (student / tau).softmax(dim=1) - (teacher / tau).softmax(dim=1)
-    distance: Tensor = torch.linalg.vector_norm(difference * inside[:, None], dim=(1, 3, 4))
+    # Channels lie side by side in memory.
+    own, theirs = ((regions.movedim(1, -1) / tau).softmax(dim=-1) for regions in (student, teacher))
+    distance: Tensor = torch.linalg.vector_norm((own - theirs) * inside[..., None], dim=(2, 3, 4))
     return distance
 
 
@@ -217,6 +222,8 @@ class RDD(nn.Module):
         self.adapter = nn.Sequential(
             nn.Conv2d(own, theirs, 1, bias=False), nn.BatchNorm2d(theirs), nn.ReLU(inplace=True)
         )
+        # Without the feature term nothing trains it: regions are chosen without gradient.
+        self.adapter.requires_grad_(config.feature > 0)
 
     def forward(self, student: DetectorOutput, teacher: TeacherBatch, batch: Batch) -> dict[str, Tensor]:
         """Return ``feature`` and ``logit``, weighted."""

@@ -6,7 +6,7 @@ invent objects; here every cell of every class is a target (quality focal loss a
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -31,6 +31,8 @@ class Config(DistillLossConfig):
         code_weights: of the box code's values.
     """
 
+    weights: ClassVar[tuple[str, ...]] = ("heatmap", "box")
+    negatives: ClassVar[tuple[str, ...]] = ("heatmap",)
     name: Literal["soft"] = "soft"
     heatmap: float = Field(default=1.0, ge=0)
     box: float = Field(default=2.0, ge=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -13,9 +13,9 @@ from bevkd.data.collate import Batch
 from bevkd.distill.base import DistillContext, DistillLoss, DistillLossConfig, TeacherBatch, sample_at
 from bevkd.errors import ContractError
 from bevkd.geometry.boxes import nine_points
-from bevkd.geometry.gaussian import draw_gaussians
-from bevkd.geometry.sampling import foreground_radius
+from bevkd.geometry.sampling import FOREGROUND_OVERLAP, object_gaussians
 from bevkd.grid import BEVGrid
+from bevkd.models.bev_encoder import conv_bn_relu
 from bevkd.models.detector import DetectorOutput
 from bevkd.types import Boxes, BoxPoints
 
@@ -27,7 +27,10 @@ class Config(DistillLossConfig):
 
     Attributes:
         feature, relation, response: weights of the three terms.
-        adapter: a 1x1 convolution on the student's maps; needed when its channels differ from the teacher's.
+        adapter: a 1x1 convolution on the student's maps; needed when its channels differ from the teacher's. ``conv``
+            is the published one for a teacher that is weaker than its student: 3x3 convolution, batch norm, ReLU.
+        standardise: the feature term looks at the teacher's features at mean 0 and standard deviation 1 per channel, by
+            the statistics of annotated boxes' points in the cache. The relation term has no scale.
         pseudo_score: on frames without labels, teacher boxes above this score stand in for the annotations; None
             leaves those frames to the other losses.
         source: where feature and relation find the teacher: ``maps`` samples ``bev_low`` and ``bev_high``; ``points``
@@ -35,11 +38,13 @@ class Config(DistillLossConfig):
         legacy_xy_swap: sample as the released code does, with x and y exchanged. For comparison only.
     """
 
+    weights: ClassVar[tuple[str, ...]] = ("feature", "relation", "response")
     name: Literal["unidistill"] = "unidistill"
     feature: float = Field(100.0, ge=0)
     relation: float = Field(40.0, ge=0)
     response: float = Field(10.0, ge=0)
-    adapter: bool = False
+    adapter: bool | Literal["conv"] = False
+    standardise: bool = False
     pseudo_score: float | None = None
     source: Literal["maps", "points"] = "maps"
     legacy_xy_swap: bool = False
@@ -53,17 +58,23 @@ class Config(DistillLossConfig):
             )
         if self.source == "points" and self.legacy_xy_swap:
             raise ValueError("points are sampled without the exchange of x and y: set legacy_xy_swap: false")
+        if self.standardise and self.adapter == "conv":
+            raise ValueError(
+                "adapter: conv ends in a ReLU, but standardised features are negative as often as not: set adapter: "
+                "true"
+            )
         return self
 
     def signals(self) -> tuple[str, ...]:
         """Return the signals that the terms with a weight read."""
         low, high = ("points_low", "points_high") if self.source == "points" else ("bev_low", "bev_high")
+        used = self.feature > 0 or self.relation > 0 or self.response > 0
         needed = {
             low: self.feature > 0,
             high: self.relation > 0,
             "heatmap": self.response > 0,
             "box_code": self.response > 0,
-            "boxes": self.pseudo_score is not None,
+            "boxes": used and self.pseudo_score is not None,
         }
         return tuple(name for name, wanted in needed.items() if wanted)
 
@@ -75,6 +86,7 @@ class Config(DistillLossConfig):
             faults.append(f"bev_low has {theirs} channels in the cache and {own} in the student: set adapter: true")
         if self.feature > 0:
             faults += context.finer_low("set feature: 0")
+            faults += context.no_statistics("points_low") if self.standardise else []
         if self.response > 0:
             faults += context.other_tasks("set response: 0")
         return faults
@@ -118,11 +130,7 @@ def response_losses(
 
 def foreground_mask(boxes: tuple[Boxes, ...], grid: BEVGrid) -> Float[Tensor, "B Y X"]:
     """Return the maximum of a Gaussian per box, with the radius of overlap 0.7, which is zero for small objects."""
-    values = torch.cat([each.values for each in boxes])
-    frame = torch.cat([torch.full_like(each.labels, index) for index, each in enumerate(boxes)])
-    radius = foreground_radius(values[:, 3:5], grid).long().clamp(min=0)
-    cells = grid.to_cells(values[:, :2]).floor().long().flip(-1)
-    return draw_gaussians((len(boxes), *grid.shape), frame, cells, radius)
+    return object_gaussians(boxes, grid, FOREGROUND_OVERLAP)
 
 
 class UniDistill(nn.Module):
@@ -131,9 +139,15 @@ class UniDistill(nn.Module):
     def __init__(self, config: Config, context: DistillContext) -> None:
         super().__init__()
         self.config, self.grid = config, context.grid
+        standardised = config.standardise and config.feature > 0
+        self.standardise = context.standardise("points_low") if standardised else nn.Identity()
         stages = {"bev_low": config.feature, "bev_high": config.relation}
         self.adapters = nn.ModuleDict(
-            {stage: context.adapter(stage) for stage, weight in stages.items() if config.adapter and weight > 0}
+            {
+                stage: _adapter(config, context, stage)
+                for stage, weight in stages.items()
+                if config.adapter and weight > 0
+            }
         )
 
     def forward(self, student: DetectorOutput, teacher: TeacherBatch, batch: Batch) -> dict[str, Tensor]:
@@ -142,9 +156,8 @@ class UniDistill(nn.Module):
         boxes = self._foreground(teacher, batch)
         terms = {}
         if config.feature > 0:
-            terms["feature"] = config.feature * feature_loss(
-                *self._sampled("low", student.bev_low, teacher, boxes, batch)
-            )
+            own, theirs = self._sampled("low", student.bev_low, teacher, boxes, batch)
+            terms["feature"] = config.feature * feature_loss(own, self.standardise(theirs))
         if config.relation > 0:
             sampled = self._sampled("high", student.bev_high, teacher, boxes, batch)
             terms["relation"] = config.relation * relation_loss(*sampled)
@@ -183,6 +196,13 @@ class UniDistill(nn.Module):
         canonical = [teacher.to_canonical(xy_m, frame) for frame, xy_m in enumerate(points)]
         theirs = teacher.canonical.need(stage)
         return sample_at(own, points, self.grid, swap), sample_at(theirs, canonical, self.grid, swap)
+
+
+def _adapter(config: Config, context: DistillContext, stage: str) -> nn.Module:
+    """Return the layers on the student's map of a stage."""
+    if config.adapter == "conv":
+        return nn.Sequential(*conv_bn_relu(context.channels(stage), context.teacher_channels(stage), 3))
+    return context.adapter(stage)
 
 
 def _labelled(points: tuple[BoxPoints, ...], batch: Batch) -> tuple[BoxPoints, ...]:

@@ -6,7 +6,7 @@ The paper has no public code and states no weights: every constant is a setting,
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -35,6 +35,8 @@ class Config(DistillLossConfig):
         box: weight of the box term beside the heatmap term.
         feature: weight of X-FD.
         feature_distance: of predicted and cached features.
+        standardise: X-FD predicts the teacher's features at mean 0 and standard deviation 1 per channel, by the
+            statistics of the cache over the cells that hold something.
         empty: weight of the cells where the teacher's sparse map is empty, beside 1 for the others.
         decoder_channels: width of the decoder that predicts the teacher's features.
         adversarial: weight of X-AT; the paper's remedy for unstable training is to keep it small.
@@ -46,6 +48,8 @@ class Config(DistillLossConfig):
         instance_head: the head on the student's image features, which is dropped after training.
     """
 
+    weights: ClassVar[tuple[str, ...]] = ("output", "feature", "adversarial", "instance")
+    negatives: ClassVar[tuple[str, ...]] = ("output",)
     name: Literal["x3kd"] = "x3kd"
     output: float = Field(default=1.0, ge=0)
     score: float = Field(default=0.3, ge=0, lt=1)
@@ -53,6 +57,7 @@ class Config(DistillLossConfig):
     box: float = Field(default=0.25, ge=0)
     feature: float = Field(default=0.0, ge=0)
     feature_distance: Literal["l1", "smooth_l1", "l2"] = "l1"
+    standardise: bool = False
     empty: float = Field(default=0.0, ge=0)
     decoder_channels: int = Field(default=128, gt=0)
     adversarial: float = Field(default=0.0, ge=0)
@@ -83,6 +88,7 @@ class Config(DistillLossConfig):
             )
         if self.feature > 0:
             faults += context.finer_low("set feature: 0")
+            faults += context.no_statistics("bev_low") if self.standardise else []
         if self.instance > 0:
             stride: int = getattr(context.student.encoder, "stride", 1)
             if not hasattr(context.student.encoder, "image_channels"):
@@ -134,11 +140,13 @@ class FeatureDistillation(nn.Module):
 
     Args:
         own, theirs: channels of ``bev_low`` of student and teacher.
+        standardise: of the teacher's features; None leaves them as they are.
     """
 
-    def __init__(self, config: Config, own: int, theirs: int) -> None:
+    def __init__(self, config: Config, own: int, theirs: int, standardise: nn.Module | None = None) -> None:
         super().__init__()
         self.config, width = config, config.decoder_channels
+        self.standardise = standardise or nn.Identity()
         self.decoder = nn.Sequential(
             *conv_bn_relu(own, width, 3), *conv_bn_relu(width, width, 3), nn.Conv2d(width, theirs, 1)
         )
@@ -147,7 +155,12 @@ class FeatureDistillation(nn.Module):
         """Return ``feature``, weighted."""
         target, covered = teacher.warped("bev_low")
         predicted = self.decoder(student.bev_low.float())
-        loss = sparse_distance(predicted, target.float(), covered, self.config.feature_distance, self.config.empty)
+        target, config = target.float(), self.config
+        # Which cells hold something is for the features themselves to say.
+        occupied = (target != 0).any(dim=1, keepdim=True)
+        loss = sparse_distance(
+            predicted, self.standardise(target), covered, config.feature_distance, config.empty, occupied
+        )
         return {"feature": self.config.feature * loss}
 
 
@@ -157,14 +170,16 @@ def sparse_distance(
     covered: Bool[Tensor, "B 1 Y X"],
     distance: Literal["l1", "smooth_l1", "l2"],
     empty: float = 0.0,
+    occupied: Bool[Tensor, "B 1 Y X"] | None = None,
 ) -> Float[Tensor, ""]:
     """Return the mean distance to a sparse map over its occupied cells and, with weight ``empty``, the others.
 
     Args:
         covered: cells where the target means something at all.
+        occupied: None is where it is not zero.
     """
     functions = {"l1": functional.l1_loss, "smooth_l1": functional.smooth_l1_loss, "l2": functional.mse_loss}
-    occupied = (target != 0).any(dim=1, keepdim=True)
+    occupied = (target != 0).any(dim=1, keepdim=True) if occupied is None else occupied
     weights = torch.where(occupied, 1.0, empty) * covered
     error = functions[distance](predicted, torch.where(covered, target, 0.0), reduction="none")
     return (error.mean(dim=1, keepdim=True) * weights).sum() / weights.sum().clamp(min=1e-6)
@@ -208,7 +223,8 @@ class AdversarialTraining(nn.Module):
         self.config, width = config, config.discriminator_channels
         self.stem = nn.Identity() if own == theirs else nn.Conv2d(own, theirs, 1)
         self.judge = nn.Sequential(
-            nn.Conv2d(theirs, width, 3, padding=1),
+            # Neighbours are looked at once the channels are few: a tenth of the work.
+            nn.Conv2d(theirs, width, 1),
             nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(width, width, 3, padding=1),
             nn.LeakyReLU(0.2, inplace=True),
@@ -287,7 +303,8 @@ class X3KD(nn.Module):
             parts["output"] = OutputDistillation(config, context.student.head)
         if config.feature > 0:
             channels = context.channels("bev_low"), context.teacher_channels("bev_low")
-            parts["feature"] = FeatureDistillation(config, *channels)
+            standardise = context.standardise("bev_low") if config.standardise else None
+            parts["feature"] = FeatureDistillation(config, *channels, standardise)
         if config.adversarial > 0:
             channels = context.channels("bev_high"), context.teacher_channels("bev_high")
             parts["adversarial"] = AdversarialTraining(config, *channels)

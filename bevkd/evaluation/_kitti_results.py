@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bevkd.data.sources._kitti_boxes import objects_from_boxes
+import numpy as np
+
+from bevkd.data.sources._kitti_boxes import boxes_from_objects, objects_from_boxes
 from bevkd.data.sources._kitti_files import Objects, format_results, read_objects
 from bevkd.data.sources.kitti import CAMERA, CLASSES, KittiSource
 from bevkd.errors import ContractError, DataError, report
@@ -34,6 +36,14 @@ def to_results(source: KittiSource, found: Mapping[str, Boxes]) -> dict[str, Obj
         token: objects_from_boxes(boxes, source.classes, source.calibration(token), source.image_sizes(token)[CAMERA])
         for token, boxes in found.items()
     }
+
+
+def to_boxes(source: KittiSource, detections: Mapping[str, Objects], tokens: Sequence[str]) -> dict[str, Boxes]:
+    """Return what :func:`load_detections` has of ``tokens`` as boxes in the BEV frame; the inverse of `to_results`.
+
+    Boxes of classes that ``source`` does not have are left out.
+    """
+    return {token: _boxes(source, token, detections[token]) for token in tokens}
 
 
 def write_results(folder: Path, results: Mapping[str, Objects]) -> None:
@@ -72,6 +82,12 @@ def load_detections(path: Path, source: KittiSource) -> dict[str, Objects]:
     if faults:
         raise report(ContractError, f"{path} cannot be scored:", shortened(faults))
     return results
+
+
+def _boxes(source: KittiSource, token: str, objects: Objects) -> Boxes:
+    known = objects[np.array([name in source.classes for name in objects.names], dtype=np.bool_)]
+    labels = np.array([source.classes.index(name) for name in known.names], dtype=np.float64)
+    return boxes_from_objects(known, labels, source.calibration(token))
 
 
 def _faults(source: KittiSource, boxes: Boxes) -> list[str]:

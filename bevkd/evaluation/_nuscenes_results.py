@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from bevkd.data.source import Sensor
 from bevkd.data.sources.nuscenes import CLASSES, NuScenesSource
 from bevkd.errors import ContractError, report
-from bevkd.evaluation.score import shortened
+from bevkd.evaluation.score import scored_frames, shortened
 from bevkd.types import Boxes
 
 MAX_BOXES = 500
@@ -66,6 +67,14 @@ def to_results(
     }
 
 
+def to_boxes(source: NuScenesSource, detections: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Boxes]:
+    """Return what :func:`load_detections` has of ``tokens`` as boxes in the BEV frame; the inverse of `to_results`.
+
+    Boxes of classes that ``source`` does not have are left out.
+    """
+    return {token: _boxes(source, token, detections["results"][token]) for token in tokens}
+
+
 def read_results(path: Path) -> dict[str, Any]:
     """Return a result file's content, its form unchecked.
 
@@ -84,13 +93,13 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def load_detections(path: Path, source: NuScenesSource) -> dict[str, Any]:
-    """Return a user's result file after checking that it answers for the frames of ``source``.
+    """Return a user's result file after checking that it answers for the annotated frames of ``source``.
 
     Raises:
         ContractError: lists all faults: see :func:`check_results`.
     """
     content = read_results(path)
-    faults = check_results(content, source, source.tokens)
+    faults = check_results(content, source, scored_frames(source))
     if faults:
         raise report(ContractError, f"{path} cannot be scored:", shortened(faults))
     return content
@@ -107,7 +116,7 @@ def check_results(content: Mapping[str, Any], source: NuScenesSource, tokens: Co
     results = content.get("results")
     if not isinstance(results, dict):
         return [*faults, "no key 'results' with an object of sample tokens; is this a file of an older format?"]
-    unknown = [token for token in results if token not in source.index.frame_rows]
+    unknown = [token for token in results if source.index.row(token) is None]
     missing = [token for token in tokens if token not in results]
     where = f"{source.config.root / source.config.version}"
     if unknown:
@@ -164,6 +173,30 @@ def _records(source: NuScenesSource, token: str, boxes: Boxes) -> list[dict[str,
         }
         for row, name in enumerate(names)
     ]
+
+
+def _boxes(source: NuScenesSource, token: str, records: Sequence[Mapping[str, Any]]) -> Boxes:
+    known = [record for record in records if record["detection_name"] in source.classes]
+    if not known:
+        return Boxes.empty()
+    lidar_from_global = np.linalg.inv(source.global_from_lidar(token).numpy())
+    bev_from_global = source.global_from_lidar(token).numpy()[:2, :2].T
+    center = np.array([record["translation"] for record in known])
+    width, length, height = np.array([record["size"] for record in known]).T
+    w, x, y, z = np.array([record["rotation"] for record in known]).T
+    # The quaternion's turn of the x axis, seen from above; quaternions of users need not have length one.
+    heading = np.stack([w * w + x * x - y * y - z * z, 2 * (x * y + w * z)], axis=1) @ bev_from_global.T
+    velocity = np.array([record["velocity"] for record in known]) @ bev_from_global.T
+    values = np.column_stack(
+        [
+            center @ lidar_from_global[:3, :3].T + lidar_from_global[:3, 3],
+            *(length, width, height, np.arctan2(heading[:, 1], heading[:, 0])),
+            velocity,
+        ]
+    )
+    labels = [source.classes.index(record["detection_name"]) for record in known]
+    scores = [float(record["detection_score"]) for record in known]
+    return Boxes(torch.from_numpy(values).float(), torch.tensor(labels), torch.tensor(scores))
 
 
 def _frame_faults(token: str, boxes: Any) -> Iterator[str]:

@@ -22,14 +22,24 @@ from bevkd.data.sources.kitti import KittiSource
 from bevkd.errors import ContractError
 from bevkd.evaluation._kitti_match import ABSENT, COUNTS, IGNORED, Bools, Floats, Ints, Matching, Pairs
 from bevkd.evaluation._kitti_match import average_precision as _average_precision
-from bevkd.evaluation._kitti_results import load_detections, to_results, write_results
+from bevkd.evaluation._kitti_results import load_detections, to_boxes, to_results, write_results
+from bevkd.evaluation.score import scored_frames
 from bevkd.geometry.iou import bev_iou, iou_3d
 from bevkd.types import Boxes
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["DIFFICULTIES", "METRICS", "Report", "evaluate", "load_detections", "save_detections", "to_results"]
+__all__ = [
+    "DIFFICULTIES",
+    "METRICS",
+    "Report",
+    "evaluate",
+    "load_detections",
+    "save_detections",
+    "to_boxes",
+    "to_results",
+]
 
 METRICS = ("3D", "BEV", "2D", "AOS")
 """Overlap of volumes, seen from above, in the image, and the last weighted with the orientation's similarity."""
@@ -120,10 +130,10 @@ def evaluate(
         max_distance_m: score only objects this near to the camera, on the ground; None is the benchmark itself.
 
     Raises:
-        ContractError: names frames without an entry, unknown tokens and boxes that cannot be scored.
-        DataError: the split has no labels.
+        ContractError: names frames without an entry, unknown tokens and boxes that cannot be scored; or the split has
+            no labels.
     """
-    frames = tuple(source.tokens if tokens is None else dict.fromkeys(tokens))
+    frames = scored_frames(source, tokens)
     missing = [token for token in frames if token not in detections]
     unknown = [token for token in detections if token not in source.tokens]
     if missing or unknown:

@@ -23,24 +23,29 @@ from bevkd.evaluation._nuscenes_results import (
     check_results,
     load_detections,
     read_results,
+    to_boxes,
     to_results,
 )
-from bevkd.evaluation.score import shortened
+from bevkd.evaluation.score import scored_frames, shortened
 from bevkd.training.checkpoint import write_atomic
 from bevkd.types import Boxes
 
 if TYPE_CHECKING:
     from nuscenes.eval.common.data_classes import EvalBoxes
+    from nuscenes.eval.detection.data_classes import DetectionConfig
     from rich.table import Table
 
 __all__ = [
     "MAX_BOXES",
     "ClassScore",
     "Report",
+    "benchmark",
     "evaluate",
     "load_detections",
     "read_results",
     "save_detections",
+    "scored_boxes",
+    "to_boxes",
     "to_results",
 ]
 
@@ -121,7 +126,7 @@ def evaluate(
     tokens: Sequence[str] | None = None,
     max_distance_m: float | None = None,
 ) -> Report:
-    """Return the metrics of ``detections`` on ``tokens``, or on all frames of ``source`` if None.
+    """Return the metrics of ``detections`` on ``tokens``, or on all annotated frames of ``source`` if None.
 
     Args:
         source: gives ground truth; all its boxes count, labelled frame or not, whatever its ``min_points``.
@@ -132,19 +137,33 @@ def evaluate(
 
     Raises:
         ContractError: lists every frame without an entry, every unknown token and every box that cannot be scored; or
-            the data set has no annotations, as the official test split.
+            frames have no annotations, as sweeps between key frames and those of the official test split.
     """
-    if not source.annotated:
-        raise ContractError(
-            f"{source.config.root / source.config.version} has no annotations, so there is nothing to score "
-            "detections with. 'bevkd predict' writes them for the benchmark's server."
-        )
-    frames = tuple(source.tokens if tokens is None else dict.fromkeys(tokens))
+    frames = scored_frames(source, tokens)
+    return _score(source, *scored_boxes(source, detections, frames, max_distance_m), len(frames))
+
+
+def benchmark() -> DetectionConfig:
+    """Return the devkit's settings of the benchmark: ranges, matching distances, least recall and precision."""
+    from nuscenes.eval.detection.config import config_factory
+
+    return config_factory(CONFIG)
+
+
+def scored_boxes(
+    source: NuScenesSource,
+    detections: Mapping[str, Boxes] | Mapping[str, Any],
+    frames: Sequence[str],
+    max_distance_m: float | None = None,
+) -> tuple[EvalBoxes, EvalBoxes]:
+    """Return ground truth and detections of ``frames`` after the benchmark's filters; see :func:`evaluate`."""
     results = _as_results(source, detections, frames)
     faults = check_results(results, source, frames)
     if faults:
         raise report(ContractError, "these detections cannot be scored:", shortened(faults))
-    return _score(source, results["results"], frames, max_distance_m)
+    limit_m = math.inf if max_distance_m is None else max_distance_m
+    class_range = {name: min(distance, limit_m) for name, distance in benchmark().class_range.items()}
+    return _eval_boxes(source, results["results"], frames, class_range)
 
 
 def save_detections(
@@ -166,7 +185,7 @@ def _as_results(
     if "results" in detections or not all(isinstance(value, Boxes) for value in detections.values()):
         return detections
     boxes = cast(Mapping[str, Boxes], detections)
-    unknown = [token for token in boxes if token not in source.index.frame_rows]
+    unknown = [token for token in boxes if source.index.row(token) is None]
     if unknown:
         raise ContractError(
             f"detections name {len(unknown)} frames that are not in {source.config.root / source.config.version}, "
@@ -176,21 +195,12 @@ def _as_results(
     return to_results(source, {token: each for token, each in boxes.items() if token in asked})
 
 
-def _score(
-    source: NuScenesSource,
-    results: Mapping[str, list[dict[str, Any]]],
-    frames: Sequence[str],
-    max_distance_m: float | None,
-) -> Report:
+def _score(source: NuScenesSource, truth: EvalBoxes, found: EvalBoxes, frames: int) -> Report:
     from nuscenes.eval.detection.algo import accumulate, calc_ap, calc_tp
-    from nuscenes.eval.detection.config import config_factory
     from nuscenes.eval.detection.constants import TP_METRICS
     from nuscenes.eval.detection.data_classes import DetectionMetrics
 
-    config = config_factory(CONFIG)
-    limit_m = math.inf if max_distance_m is None else max_distance_m
-    class_range = {name: min(distance, limit_m) for name, distance in config.class_range.items()}
-    truth, found = _eval_boxes(source, results, frames, class_range)
+    config = benchmark()
     metrics = DetectionMetrics(config)
     for name in config.class_names:
         for distance in config.dist_ths:
@@ -217,7 +227,7 @@ def _score(
         },
         classes_present=present,
         mean_ap_present=float(np.mean([aps[name] for name in present])) if present else math.nan,
-        frames=len(frames),
+        frames=frames,
     )
 
 

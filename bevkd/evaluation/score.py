@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from bevkd.data.source import FrameSource, Sensor
+from bevkd.data.sources.concat import ConcatSource
 from bevkd.errors import ContractError
 from bevkd.types import Boxes
 
@@ -48,6 +49,10 @@ class Metrics(Protocol):
         """Return the detections in a file or folder of the data set's own format, checked."""
         ...
 
+    def to_boxes(self, source: Any, detections: Any, tokens: Sequence[str]) -> dict[str, Boxes]:
+        """Return what ``load_detections`` returns as boxes in the BEV frame, for pictures and comparisons."""
+        ...
+
     def save_detections(
         self, path: Path, source: Any, found: Mapping[str, Boxes], sensors: frozenset[Sensor] = frozenset()
     ) -> Path:
@@ -65,13 +70,18 @@ def metrics_of(source: FrameSource) -> Metrics:
     """Return the metrics of a data set.
 
     Raises:
-        ContractError: it has none, or names a module that cannot be imported.
+        ContractError: it has none, names a module that cannot be imported, or is several data sets put together.
     """
+    if isinstance(source, ConcatSource):
+        raise ContractError(
+            f"the data set is put together of {len(source.parts)} sources ('concat'), and detections are scored and "
+            f"written for one of them: set the data set to evaluate on to one of {source.identity.split}."
+        )
     name = source.metrics
     if name is None:
         raise ContractError(
             f"the data set '{source.identity.name}' has no metrics. Set evaluation: null, or give its source the "
-            "attribute 'metrics', the name of a module with evaluate, load_detections and save_detections."
+            "attribute 'metrics', the name of a module with evaluate, load_detections, to_boxes and save_detections."
         )
     try:
         module = importlib.import_module(name if "." in name else f"bevkd.evaluation.{name}")
@@ -89,18 +99,59 @@ def evaluate(
     tokens: Sequence[str] | None = None,
     max_distance_m: float | None = None,
 ) -> Report:
-    """Return the scores of ``detections`` on ``tokens``, or on all frames of ``source`` if None.
+    """Return the scores of ``detections`` on ``tokens``, or on all annotated frames of ``source`` if None.
 
     Args:
-        source: gives ground truth, and says by which metrics it is scored.
+        source: gives ground truth, and says by which metrics it is scored. Of several that are put together it is the
+            one that all frames to score are of.
         detections: boxes in the BEV frame by token, or what the metrics' ``load_detections`` returns.
         tokens: frames to score; every one of them needs an entry in ``detections``.
         max_distance_m: score only boxes this near to the ego; None is the benchmark itself.
 
     Raises:
-        ContractError: the data set has no metrics, or these detections cannot be scored by them.
+        ContractError: the data set has no metrics, these detections cannot be scored by them, or frames to score are
+            not annotated or of several data sets.
     """
-    return metrics_of(source).evaluate(source, detections, tokens, max_distance_m)
+    frames = scored_frames(source, tokens)
+    if isinstance(source, ConcatSource):
+        source, detections = _part(source, frames), {token: detections[token] for token in frames}
+    return metrics_of(source).evaluate(source, detections, frames, max_distance_m)
+
+
+def scored_frames(source: FrameSource, tokens: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Return the frames that detections are scored on: ``tokens``, each once, or all that are annotated if None.
+
+    A frame whose annotations nobody knows is not one without objects.
+
+    Raises:
+        ContractError: the data set has no annotations, or some of ``tokens`` have none.
+    """
+    if not source.annotated:
+        named = source.identity
+        raise ContractError(
+            f"the data set '{named.name}' {named.version}, split '{named.split}', has no annotations, so there is "
+            "nothing to score detections with. 'bevkd predict' writes them, e.g. for the benchmark's server."
+        )
+    if tokens is None:
+        return tuple(token for token in source.tokens if token in source.annotated)
+    if unknown := [token for token in tokens if token not in source.annotated]:
+        raise ContractError(
+            f"{len(unknown)} of {len(tokens)} frames to score are no annotated frames of the data set, first "
+            f"'{unknown[0]}'. Sweeps between key frames and drives that nobody annotated cannot be scored: leave them "
+            "out, or correct the data set."
+        )
+    return tuple(dict.fromkeys(tokens))
+
+
+def _part(source: ConcatSource, frames: Sequence[str]) -> FrameSource:
+    parts = {id(part): part for part in map(source.part_of, frames)}
+    if len(parts) != 1:
+        splits = ", ".join(part.identity.split for part in parts.values())
+        raise ContractError(
+            f"the frames to score are of {len(parts)} data sets ({splits}), and metrics are those of one. Score them "
+            "one by one."
+        )
+    return next(iter(parts.values()))
 
 
 def shortened(faults: list[str]) -> list[str]:

@@ -58,6 +58,7 @@ class MadeUpFrames:
     ) -> None:
         self.classes, self.grid = classes, grid
         self.tokens = tuple(f"frame-{index}" for index in range(frames))
+        self.annotated = frozenset(self.tokens)
         self.labelled = frozenset(token for index, token in enumerate(self.tokens) if index % 3 != 2)
         self._points, self._sweeps, self._radar, self._boxes = points, sweeps, radar, boxes
         self._cameras, self._size = tuple(f"camera-{index}" for index in range(cameras)), image_size

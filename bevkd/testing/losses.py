@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from bevkd.cache.statistics import FEATURES, ChannelStatistics
 from bevkd.config import parse
 from bevkd.data.collate import Batch
 from bevkd.distill.base import DistillContext, DistillLoss, DistillLossConfig, TeacherBatch
@@ -18,7 +22,7 @@ from bevkd.geometry.sampling import points_of
 from bevkd.models.detector import Detector, DetectorConfig, DetectorOutput, view_of
 from bevkd.signals import MAPS, POINTS, SIGNALS
 from bevkd.testing.frames import MadeUpFrames
-from bevkd.testing.tools import batch_of, check_terms
+from bevkd.testing.tools import batch_of, check_terms, close
 from bevkd.types import Boxes, Instances, Signals, ViewInstances
 
 CLASSES = ("car", "truck", "pedestrian")
@@ -65,28 +69,49 @@ class DistillLossTests:
         """Return the loss's config and the loss for ``context``."""
         raise NotImplementedError("define build()")
 
-    def _parts(self) -> tuple[DistillContext, DistillLossConfig, DistillLoss]:
+    def rebuild(self, config: DistillLossConfig, context: DistillContext) -> DistillLoss:
+        """Return the loss of another config: what ``build`` in the module of its class makes of it."""
+        loss: DistillLoss = importlib.import_module(type(config).__module__).build(config, context)
+        return loss
+
+    def _parts(
+        self, weights: Mapping[str, float] = MappingProxyType({})
+    ) -> tuple[DistillContext, DistillLossConfig, DistillLoss]:
         torch.manual_seed(0)
         student = Detector(parse(DetectorConfig, self.student_config, "the student"), CLASSES)
         shapes = {name: tuple(value.shape[1:]) for name, value in _teach(student).items()}
         shapes |= {name: (9, shapes[source][0]) for name, source in POINTS.items()}
-        context = DistillContext(student, shapes)
+        context = DistillContext(student, shapes, _statistics(shapes))
         config, loss = self.build(context)
+        if weights:
+            config = _weighted(config, weights)
+            torch.manual_seed(0)
+            loss = self.rebuild(config, context)
         assert config.misfits(context) == [], "a student with the teacher's shapes is refused"
         return context, config, loss
 
-    def _batch(self, student: Detector, frames: tuple[int, ...], affine: BEVAffine) -> Batch:
+    def _batch(
+        self, student: Detector, frames: tuple[int, ...], affine: BEVAffine, crowds: tuple[Boxes, ...] = ()
+    ) -> Batch:
         source = MadeUpFrames(CLASSES, student.config.grid)
         batch = batch_of(source, view_of(student.config), [source.tokens[frame] for frame in frames])
-        moved = tuple(affine.apply_to_boxes(boxes) for boxes in batch.boxes)
-        return dataclasses.replace(batch, boxes=moved, affines=(affine,) * len(frames))
+        labelled = torch.ones_like(batch.labelled) if crowds else batch.labelled
+        moved = tuple(affine.apply_to_boxes(boxes) for boxes in crowds or batch.boxes)
+        return dataclasses.replace(batch, boxes=moved, labelled=labelled, affines=(affine,) * len(frames))
 
-    def _teacher(self, student: Detector, config: DistillLossConfig, batch: Batch, empty: bool = False) -> TeacherBatch:
+    def _teacher(
+        self,
+        student: Detector,
+        config: DistillLossConfig,
+        batch: Batch,
+        empty: bool = False,
+        crowds: tuple[Boxes, ...] = (),
+    ) -> TeacherBatch:
         """Return a teacher that writes what the loss asks for, and nothing else."""
         wanted, grid = config.signals(), student.config.grid
         source = MadeUpFrames(CLASSES, grid)
         maps = _teach(student, len(batch))
-        annotated = [source.annotations(token) for token in batch.tokens]
+        annotated = crowds or [source.annotations(token) for token in batch.tokens]
         held: dict[str, Any] = {name: maps[name] for name in MAPS if name in wanted}
         if "boxes" in wanted:
             held["boxes"] = tuple(Boxes.empty() if empty else boxes for boxes in annotated)
@@ -118,11 +143,14 @@ class DistillLossTests:
         empty: bool = False,
         dtype: torch.dtype = torch.float32,
         spoilt: bool = False,
+        weights: Mapping[str, float] = MappingProxyType({}),
+        crowds: tuple[Boxes, ...] = (),
     ) -> tuple[dict[str, Tensor], DetectorOutput, DistillLoss]:
-        context, config, loss = self._parts()
-        batch = self._batch(context.student, frames, affine)
+        context, config, loss = self._parts(weights)
+        self._student = context.student
+        batch = self._batch(context.student, frames, affine, crowds)
         output = self._output(context.student, len(frames), dtype)
-        teacher = self._teacher(context.student, config, batch, empty)
+        teacher = self._teacher(context.student, config, batch, empty, crowds)
         if spoilt:
             teacher = _SpoiltOutside(teacher.canonical, teacher.affines, teacher.grid, teacher.instances)
         before = [value.clone() for value in _tensors(teacher.canonical)]
@@ -157,6 +185,45 @@ class DistillLossTests:
         own = {id(parameter) for parameter in loss.parameters()} if isinstance(loss, nn.Module) else set()
         assert own.isdisjoint(id(parameter) for parameter in context.student.parameters())
 
+    def test_every_term_belongs_to_a_weight(self) -> None:
+        """``weights`` names fields, and each term is called after one of them."""
+        config = self._parts()[1]
+        assert config.weights, "its Config does not say by which fields its terms are weighted: set weights"
+        assert set(config.weights) <= set(type(config).model_fields), "weights names what is no field"
+        terms = self._terms()[0]
+        for name in terms:
+            found = [weight for weight in config.weights if name == weight or name.startswith(f"{weight}_")]
+            assert len(found) == 1, f"{name} is called after {len(found)} of {', '.join(config.weights)}, not after one"
+        for weight in _in_use(config):
+            assert any(config.weight_of(name) == weight for name in terms), f"no term is called after {weight}"
+
+    def test_a_weight_of_zero_switches_its_terms_off(self) -> None:
+        """They are not computed, and what only they read is not read."""
+        config, terms = self._parts()[1], self._terms()[0]
+        weights = _in_use(config)
+        alone: set[str] = set()
+        for weight in weights:
+            rest = {name for name in terms if config.weight_of(name) != weight}
+            off = _weighted(config, {weight: 0.0})
+            assert set(off.signals()) <= set(config.signals()), f"{weight}: 0 reads more than before"
+            if rest:
+                left = set(self._terms(weights={weight: 0.0})[0])
+                assert left == rest, f"{weight}: 0 leaves other terms than {sorted(rest)}"
+                self._check_backward(weights={weight: 0.0})
+            alone |= set(_weighted(config, {other: 0.0 for other in weights if other != weight}).signals())
+        assert alone == set(config.signals()), "a signal is read that no term needs"
+        assert not _weighted(config, dict.fromkeys(weights, 0.0)).signals(), "without terms it reads signals"
+
+    def test_twice_the_weight_is_twice_the_terms(self) -> None:
+        """And leaves the others as they are."""
+        config = self._parts()[1]
+        before = self._terms(weights={name: getattr(config, name) for name in _in_use(config)})[0]
+        for weight in _in_use(config):
+            after = self._terms(weights={weight: 2 * getattr(config, weight)})[0]
+            for name, value in before.items():
+                factor = 2 if config.weight_of(name) == weight else 1
+                close(after[name], factor * value, f"{name} at twice {weight}")
+
     def test_it_is_a_function_of_its_arguments(self) -> None:
         """The same student, teacher and batch give the same terms."""
         first, second = self._terms()[0], self._terms()[0]
@@ -176,24 +243,55 @@ class DistillLossTests:
         for name, value in clean.items():
             assert torch.equal(value, spoilt[name]), f"{name} reads cells that the mask of warped() leaves out"
 
-    def test_frames_without_labels_or_boxes_are_no_fault(self) -> None:
-        """A batch of one empty and one unlabelled frame gives finite terms that can be propagated."""
-        terms, output, _ = self._terms(frames=(1, 2))
+    def _check_backward(self, **case: Any) -> None:
+        """Check that terms and gradients are finite, and that they reach the student's output and the loss alone.
+
+        Several processes train together only if every one of them has a gradient of each weight, objects or not.
+        """
+        terms, output, loss = self._terms(**case)
         total = check_terms(terms, least=0)
-        if total.requires_grad:
+        own = list(loss.named_parameters()) if isinstance(loss, nn.Module) else []
+        if total.requires_grad or any(parameter.requires_grad for _, parameter in own):
             total.backward()  # type: ignore[no-untyped-call]
         for value in _leaves(output):
             assert value.grad is None or bool(value.grad.isfinite().all()), "a gradient that is not finite"
+        for name, parameter in own:
+            if parameter.requires_grad:
+                assert parameter.grad is not None, f"no gradient reaches the loss's own {name}"
+                assert bool(parameter.grad.isfinite().all()), f"the gradient of the loss's own {name} is not finite"
+        for name, parameter in self._student.named_parameters():
+            assert parameter.grad is None, f"a gradient reaches the student's {name} beside its output"
+
+    def test_frames_without_labels_or_boxes_are_no_fault(self) -> None:
+        """A batch of one empty and one unlabelled frame gives finite terms that can be propagated."""
+        self._check_backward(frames=(1, 2))
+        self._check_backward(frames=(2,), empty=True)
 
     def test_a_teacher_that_finds_nothing_is_no_fault(self) -> None:
         """No box on any frame gives finite terms that can be propagated."""
-        total = check_terms(self._terms(empty=True)[0], least=0)
-        if total.requires_grad:
-            total.backward()  # type: ignore[no-untyped-call]
+        self._check_backward(empty=True)
+
+    def test_any_number_of_boxes_is_no_fault(self) -> None:
+        """One box; five hundred of which some lie outside of the grid; and both beside a frame that is empty."""
+        self._check_backward(frames=(0,), crowds=(_crowd(1),))
+        self._check_backward(crowds=(_crowd(500), Boxes.empty(), _crowd(1)))
+        self._check_backward(crowds=(_crowd(500), Boxes.empty(), _crowd(1)), affine=BEVAffine(rotation_rad=0.4))
 
     def test_half_precision_maps_are_no_fault(self) -> None:
         """Losses run outside autocast: they widen what a student in half precision says."""
-        check_terms(self._terms(dtype=torch.bfloat16)[0], least=0)
+        for dtype in (torch.bfloat16, torch.float16):
+            self._check_backward(dtype=dtype)
+            self._check_backward(dtype=dtype, frames=(1, 2), empty=True)
+
+
+def _in_use(config: DistillLossConfig) -> list[str]:
+    """Return the weights that are not zero."""
+    return [name for name in config.weights if getattr(config, name) > 0]
+
+
+def _weighted(config: DistillLossConfig, weights: Mapping[str, float]) -> DistillLossConfig:
+    """Return ``config`` with other weights."""
+    return type(config).model_validate(config.model_dump() | dict(weights))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +320,25 @@ def _teach(student: Detector, frames: int = 1, seed: int = 0) -> dict[str, Tenso
     size = (view.image_height // stride, view.image_width // stride)
     features = torch.randn(frames, CAMERAS, student.encoder.image_channels, *size, generator=chance)
     return {**maps, "image_features": features}
+
+
+def _statistics(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, ChannelStatistics]:
+    """Return statistics of a teacher's features as a cache keeps them."""
+    channels = {name: shape[1] if name in POINTS else shape[0] for name, shape in shapes.items() if name in FEATURES}
+    return {
+        name: ChannelStatistics(vectors=100, share=0.5, mean=(0.1,) * count, std=(1.5,) * count)
+        for name, count in channels.items()
+    }
+
+
+def _crowd(count: int) -> Boxes:
+    """Return boxes of all sizes and classes in and around the student's grid, with scores from 0 to 1."""
+    chance = torch.Generator().manual_seed(count)
+    drawn = torch.rand(count, 9, generator=chance)
+    low = torch.tensor([-16.0, -16.0, -2.0, 0.4, 0.4, 0.5, -3.1, -5.0, -5.0])
+    high = torch.tensor([16.0, 16.0, 1.0, 9.0, 3.0, 4.0, 3.1, 5.0, 5.0])
+    labels = torch.randint(len(CLASSES), (count,), generator=chance)
+    return Boxes(low + drawn * (high - low), labels, torch.rand(count, generator=chance))
 
 
 def _view_instances(student: Detector, frame: int) -> ViewInstances:

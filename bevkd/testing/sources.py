@@ -35,11 +35,12 @@ class FrameSourceTests:
         return [source.load(token, wanted, views) for token in source.tokens[:LOOKED_AT]]
 
     def test_it_says_what_it_is(self) -> None:
-        """Tokens are unique, labelled ones are among them, and the identity counts them."""
+        """Tokens are unique, annotated ones are among them, labelled ones among these, and the identity counts them."""
         source = self.source()
         assert source.tokens, "no frames"
         assert len(set(source.tokens)) == len(source.tokens), "a token is repeated"
-        assert source.labelled <= set(source.tokens), "labelled frames that are not among the tokens"
+        assert source.annotated <= set(source.tokens), "annotated frames that are not among the tokens"
+        assert source.labelled <= source.annotated, "labelled frames that are not annotated"
         assert source.classes, "no classes"
         assert len(set(source.classes)) == len(source.classes), "a class is repeated"
         assert source.identity.frames == len(source.tokens), "identity.frames is another number"
@@ -50,7 +51,7 @@ class FrameSourceTests:
         name = self.source().metrics
         if name is not None:
             module = importlib.import_module(name if "." in name else f"bevkd.evaluation.{name}")
-            for function in ("evaluate", "load_detections", "save_detections"):
+            for function in ("evaluate", "load_detections", "save_detections", "to_boxes"):
                 assert hasattr(module, function), f"{name} has no {function}"
 
     def test_a_frame_holds_the_sensors_that_were_asked_for(self) -> None:
@@ -108,10 +109,13 @@ class FrameSourceTests:
         """None without labels; finite, with a size and a known label otherwise."""
         source = self.source()
         for frame in self._frames(source, frozenset()):
+            if frame.token not in source.labelled:
+                assert frame.boxes is None, "boxes of a frame that is not labelled"
+            if frame.token not in source.annotated:
+                continue
             boxes = source.annotations(frame.token)
             _check_boxes(boxes, len(source.classes))
             if frame.token not in source.labelled:
-                assert frame.boxes is None, "boxes of a frame that is not labelled"
                 continue
             assert frame.boxes is not None, "no boxes of a labelled frame: empty is not missing"
             assert torch.equal(frame.boxes.pack().nan_to_num(), boxes.pack().nan_to_num())
@@ -123,6 +127,8 @@ class FrameSourceTests:
         source = self.source()
         shares = []
         for frame in self._frames(source, frozenset({"lidar"})):
+            if frame.token not in source.annotated:
+                continue
             boxes = source.annotations(frame.token)
             if frame.points is not None and len(boxes):
                 hit = points_in_boxes(frame.points[:, :3], boxes.values[:, :7]).any(dim=1)

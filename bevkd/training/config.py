@@ -4,9 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from bevkd.config import StrictModel
+
+
+class BalanceConfig(StrictModel):
+    """Holds each term of distillation near the detection loss: a factor on it moves slowly, by medians of recent steps.
+
+    Attributes:
+        least, most: bounds of a term, as factors on the detection loss. ``least: 0`` never raises a term.
+    """
+
+    least: float = Field(default=0.1, ge=0)
+    most: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> BalanceConfig:
+        if self.least > self.most:
+            raise ValueError(f"least: {self.least:g} is above most: {self.most:g}")
+        return self
 
 
 class TrainingConfig(StrictModel):
@@ -40,6 +57,8 @@ class TrainingConfig(StrictModel):
             count of threads.
         evaluate_every: steps between evaluations, after each of which the best weights so far are kept; 0 evaluates at
             the end only.
+        gradient_norms: steps between measurements of the gradients of detection and of each distillation term, for the
+            log: each takes a backward pass per term; 0 measures none.
         diverged: stop if the loss stays above this factor times its median of the last 100 steps for 20 steps; None
             never does. A loss that is not finite always stops.
         checkpoint_every: steps between checkpoints; 0 keeps only the last.
@@ -70,9 +89,19 @@ class TrainingConfig(StrictModel):
     threads: int | None = Field(None, gt=0)
     log_every: int = Field(10, gt=0)
     evaluate_every: int = Field(0, ge=0)
+    gradient_norms: int = Field(default=0, ge=0)
     diverged: float | None = Field(10.0, gt=1)
     checkpoint_every: int = Field(500, ge=0)
     keep: int = Field(2, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        if self.compile and self.gradient_norms:
+            raise ValueError(
+                "gradient_norms goes through the backward pass several times, which compiled parts do not allow: set "
+                "compile: false or gradient_norms: 0"
+            )
+        return self
 
     @field_validator("precision", mode="before")
     @classmethod

@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import resource
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,13 +27,17 @@ from bevkd.models.weights import save_weights
 from bevkd.progress import Progress
 from bevkd.training.average import MovingAverage
 from bevkd.training.batch_norm import synchronise
+from bevkd.training.chance import be_deterministic, random_state, set_random_state
 from bevkd.training.checkpoint import Checkpoints, Snapshot
 from bevkd.training.config import TrainingConfig
+from bevkd.training.gradients import gradient_norms, shared_weights
 from bevkd.training.loader import batches
 from bevkd.training.objective import Objective, SegmenterObjective
 from bevkd.training.recompute import recompute_backbone
+from bevkd.training.result import TrainingResult, Validation, peak_memory
 from bevkd.training.schedule import learning_rate_factor
 from bevkd.training.stages import freeze, optimizer_of
+from bevkd.training.terms import Terms
 from bevkd.training.tracking import Tracker
 from bevkd.training.watch import LossWatch, Reading
 
@@ -44,38 +45,6 @@ _TIMEOUT = timedelta(hours=1)
 """That a process waits for another: longer than the first one may take to score an evaluation alone. A process that has
 died is noticed at once."""
 BEST_WEIGHTS = "best.safetensors"
-
-
-@dataclass(frozen=True)
-class Validation:
-    """What an evaluation in the loop found.
-
-    Attributes:
-        score: the higher, the better; None if there is none, e.g. on frames without objects.
-        figures: for the log, by name.
-    """
-
-    score: float | None
-    figures: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a run cost, over the steps that this process ran (medians, so a slow first step does not count).
-
-    Attributes:
-        step_seconds: wall time per optimizer step.
-        data_wait_fraction: share of it spent waiting for the loader.
-        peak_memory_bytes: of the device; on a CPU the process's largest resident set.
-        best_step, best_score: of the evaluations in the loop; ``best.safetensors`` holds these weights.
-    """
-
-    steps: int
-    step_seconds: float
-    data_wait_fraction: float
-    peak_memory_bytes: int
-    best_step: int | None = None
-    best_score: float | None = None
 
 
 class Trainer:
@@ -91,6 +60,7 @@ class Trainer:
             have the same.
         validate: evaluates the model at a step and returns what it found, on the first process at least; called on
             all of them, with the weights in place that the run would leave.
+        terms: what holds the terms of distillation; None leaves them as they are.
     """
 
     def __init__(
@@ -102,10 +72,11 @@ class Trainer:
         metadata: Mapping[str, str],
         facts: Mapping[str, Any] | None = None,
         validate: Callable[[int], Validation | None] | None = None,
+        terms: Terms | None = None,
     ) -> None:
         self.config, self.run, self.metadata = config, run, dict(metadata)
         if config.deterministic:
-            _be_deterministic()
+            be_deterministic()
         self.accelerator = Accelerator(
             mixed_precision=config.precision,
             cpu=device == "cpu",
@@ -114,7 +85,7 @@ class Trainer:
         # DDP and channels_last disagree about the strides of 1x1 kernels, which are the same memory.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         self.facts = {**(facts or {}), "processes": self.accelerator.num_processes}
-        self.objective, self.validate = objective, validate
+        self.objective, self.validate, self.terms = objective, validate, terms or Terms()
         channels_last(objective)
         if config.sync_batch_norm:
             synchronise(objective)
@@ -157,8 +128,10 @@ class Trainer:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.watch.recent.extend(state["losses"]["recent"])
             self.watch.above = state["losses"]["above"]
+            if "terms" in state:  # checkpoints of older versions have none
+                self.terms.load_state(state["terms"])
             self.best = (state["best"]["step"], state["best"]["score"])
-            _set_random_state(state["random"][self.accelerator.process_index])
+            set_random_state(state["random"][self.accelerator.process_index])
         except (KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"checkpoint {self.checkpoints.path(step)} does not fit this run: {error}. It is of another recipe or "
@@ -185,8 +158,9 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.weights if self.average else {},
             "scaler": scaler.state_dict() if scaler is not None else {},
-            "random": gather_object([_random_state()]),
+            "random": gather_object([random_state()]),
             "losses": {"recent": list(self.watch.recent), "above": self.watch.above},
+            "terms": self.terms.state(),
             "best": {"step": self.best[0], "score": self.best[1]},
             "facts": self.facts,
         }
@@ -217,6 +191,7 @@ class Trainer:
             accelerator.num_processes,
         )
         self._train_mode()
+        self._warn(progress)
         try:
             with progress.task("training", config.steps, "step", done=self.step) as task:
                 while self.step < config.steps:
@@ -225,8 +200,10 @@ class Trainer:
                     seconds.append(time.perf_counter() - started)
                     waits.append(waited)
                     task.advance(loss=figures["loss"], data_wait=waited / seconds[-1])
+                    self._warn(progress)
                     found = self._validate() if self._due(config.evaluate_every) and self.validate else {}
-                    if tracker and (found or self.step % config.log_every == 0 or self.step == config.steps):
+                    logged = self._due(config.log_every) or any(name.startswith("gradient/") for name in figures)
+                    if tracker and (found or logged):
                         tracker.log(self.step, {**figures, "seconds": seconds[-1], **found})
                     if self._due(config.checkpoint_every) or self.step == config.steps:
                         snapshot = self._snapshot()
@@ -248,6 +225,11 @@ class Trainer:
         """Return whether this step is one of every so many; the last one always is."""
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
 
+    def _warn(self, progress: Progress) -> None:
+        for message in self.terms.unsaid():
+            if self.accelerator.is_main_process:
+                progress.note(f"warning: {message}")
+
     def _train_mode(self) -> None:
         self.model.train()
         for norm in self._frozen_norms:
@@ -264,6 +246,8 @@ class Trainer:
         passes: list[Tensor] = []
         tokens: list[Sequence[str]] = []
         names: tuple[str, ...] = ()
+        factors: list[float] = []
+        pulls: dict[str, float] = {}
         for micro in range(config.accumulation):
             started = time.perf_counter()
             batch = next(loaded)
@@ -272,8 +256,12 @@ class Trainer:
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 with self.accelerator.autocast():
                     terms: dict[str, Tensor] = self.model(batch)
-                self.accelerator.backward(torch.stack([*terms.values()]).sum() / config.accumulation)
-            names = tuple(terms)
+                names = tuple(terms)
+                factors = self.terms.factors(names, self.step)
+                joined = {name: _times(terms[name], factor) for name, factor in zip(names, factors, strict=True)}
+                if last and config.gradient_norms and (self.step + 1) % config.gradient_norms == 0:
+                    pulls = self._pulls(joined)
+                self.accelerator.backward(torch.stack([*joined.values()]).sum() / config.accumulation)
             passes.append(torch.stack([value.detach().float() for value in terms.values()]))
             tokens.append(batch.tokens)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
@@ -283,12 +271,26 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.objective.model, self.step)
         reading = self._read(names, passes, norm)
-        self._refuse_to_go_on(reading, tokens)
-        terms_now = reading.means()
+        means = reading.means()
+        terms_now = {name: means[name] * own for name, own in zip(names, factors, strict=True)}
+        self._refuse_to_go_on(reading, sum(terms_now.values()), tokens)
         figures = {"loss": sum(terms_now.values()), **terms_now, "learning_rate": config.learning_rate * factor}
         if math.isfinite(reading.gradient_norm):  # with fp16 it may not be, and the step was left out
             figures["gradient_norm"] = reading.gradient_norm
-        return figures, waited
+        controlled = {**self.terms.take(means, self.step - 1), **self.terms.take_gradients(pulls, self.step - 1)}
+        return {**figures, **controlled}, waited
+
+    def _pulls(self, terms: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the norm of the gradient of each part of the loss on this batch, meaned over processes."""
+        parts, scaler = self.terms.parts(terms), self.accelerator.scaler
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        device = self.accelerator.device
+        # All processes go through the same backward passes: synchronised batch norms meet in them.
+        able = torch.tensor([float(value.requires_grad) for value in parts.values()], device=device)
+        everywhere = self.accelerator.gather(able[None]).amin(dim=0).tolist()
+        losses = {part: value for (part, value), each in zip(parts.items(), everywhere, strict=True) if each}
+        norms = gradient_norms(losses, shared_weights(self.objective.model), scale)
+        return dict(zip(losses, self.accelerator.gather(norms[None]).mean(dim=0).tolist(), strict=True))
 
     def _read(self, names: tuple[str, ...], passes: Sequence[Tensor], norm: Tensor) -> Reading:
         """Return what all processes found, fetched from the device at once: the only wait for it in a step."""
@@ -298,7 +300,7 @@ class Trainer:
         values = [[own[start : start + count] for start in range(0, len(own) - 1, count)] for own in everywhere]
         return Reading(names, values, everywhere[0][-1])
 
-    def _refuse_to_go_on(self, reading: Reading, tokens: Sequence[Sequence[str]]) -> None:
+    def _refuse_to_go_on(self, reading: Reading, loss: float, tokens: Sequence[Sequence[str]]) -> None:
         """Stop on every process with the same error, before anything of this step is kept."""
         advice = "Train again in another --out with a lower training.learning_rate"
         if bad := reading.not_finite():
@@ -315,7 +317,6 @@ class Trainer:
                 f"the gradient is not finite at step {self.step}, though the loss is (frames: {where}). "
                 f"{self._last_good()} {advice} or in another training.precision."
             )
-        loss = sum(reading.means().values())
         if self.watch.diverges(loss):
             where = ", ".join(token for own in gather_object([tokens]) for batch in own for token in batch)
             raise TrainingError(
@@ -333,10 +334,10 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         """Return the figures of an evaluation, and keep the weights if they are the best so far."""
         assert self.validate is not None
-        random = _random_state()
+        random = random_state()
         with self._final_weights_in_place():
             found = self.validate(self.step)
-        _set_random_state(random)
+        set_random_state(random)
         self._train_mode()
         (score,) = broadcast_object_list([found.score if found else None])
         if score is not None and score > self.best[1]:
@@ -362,30 +363,12 @@ class Trainer:
             model.load_state_dict(training)
 
     def _result(self, seconds: list[float], waits: list[float]) -> TrainingResult:
-        device = self.accelerator.device
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device)
-        else:
-            unit = 1 if sys.platform == "darwin" else 1024
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         middle = sorted(seconds)[len(seconds) // 2] if seconds else 0.0
         waiting = sum(waits) / sum(seconds) if seconds else 0.0
-        return TrainingResult(len(seconds), middle, waiting, peak, *(self.best if self.best[0] else (None, None)))
+        step, score = self.best if self.best[0] else (None, None)
+        memory, warned = peak_memory(self.accelerator.device), tuple(self.terms.warnings.values())
+        return TrainingResult(len(seconds), middle, waiting, memory, step, score, warned)
 
 
-def _random_state() -> dict[str, Tensor]:
-    """Return the state from which this process draws, e.g. for dropout."""
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def _set_random_state(state: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"].cpu())
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"].cpu())
-
-
-def _be_deterministic() -> None:
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
+def _times(value: Tensor, factor: float) -> Tensor:
+    return value if factor == 1.0 else value * factor

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bevkd.viz.charts import draw_ap_bars, draw_curves
     from bevkd.viz.image import Picture, save
     from bevkd.viz.maps import draw_features, draw_heatmaps
+    from bevkd.viz.methods import MethodScores, draw_methods
     from bevkd.viz.pages import DemoResults, FrameHeader, demo_pages, frame_page
     from bevkd.viz.style import ROLE_COLORS, ROLE_NAMES, Role
 
@@ -31,6 +32,8 @@ _HOMES = {
     "draw_heatmaps": "maps",
     "draw_ap_bars": "charts",
     "draw_curves": "charts",
+    "MethodScores": "methods",
+    "draw_methods": "methods",
     "FrameHeader": "pages",
     "DemoResults": "pages",
     "frame_page": "pages",
@@ -42,6 +45,7 @@ __all__ = [
     "ROLE_NAMES",
     "DemoResults",
     "FrameHeader",
+    "MethodScores",
     "Picture",
     "Role",
     "demo_pages",
@@ -52,6 +56,7 @@ __all__ = [
     "draw_curves",
     "draw_features",
     "draw_heatmaps",
+    "draw_methods",
     "frame_page",
     "save",
 ]

@@ -45,6 +45,8 @@ def test_the_wheel_holds_the_root_packages_and_nothing_else(wheel: set[str]) -> 
     ("folder", "pattern"),
     [
         ("bevkd", "*.py"),
+        ("bevkd", "*.css"),
+        ("bevkd", "*.js"),
         ("pipeline", "*.py"),
         ("pipeline", "*.yaml"),
         ("cache_specs", "*.yaml"),
@@ -59,7 +61,7 @@ def test_the_wheel_holds_every_source_recipe_and_spec(wheel: set[str], folder: s
 
 def test_the_wheel_holds_no_other_kinds_of_files(wheel: set[str]) -> None:
     code = {name for name in wheel if ".dist-info/" not in name}
-    assert {Path(name).suffix for name in code} <= {".py", ".yaml", ".typed"}
+    assert {Path(name).suffix for name in code} <= {".py", ".yaml", ".typed", ".css", ".js"}
 
 
 def test_the_wheel_installs_the_command(wheel: set[str]) -> None:

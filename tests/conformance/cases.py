@@ -63,7 +63,7 @@ HEADS: Mapping[str, dict[str, Any]] = {
 }
 
 
-def segmenter_run(folder: Path) -> dict[str, Any]:
+def segmenter_run(folder: Path, classes: tuple[str, ...] = CLASSES) -> dict[str, Any]:
     """Return the config of a segmenter whose run, untrained, is written to ``folder``."""
     config = {
         "backbone": CAMERA["backbone"],
@@ -74,8 +74,8 @@ def segmenter_run(folder: Path) -> dict[str, Any]:
         "head": {"channels": 8, "layers": 1},
     }
     torch.manual_seed(0)
-    segmenter = Segmenter(parse(SegmenterConfig, config, "the segmenter"), CLASSES)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"segmenter": config, "data": {"classes": list(CLASSES)}}))
+    segmenter = Segmenter(parse(SegmenterConfig, config, "the segmenter"), classes)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"segmenter": config, "data": {"classes": list(classes)}}))
     save_weights(folder / "model.safetensors", segmenter.state_dict(), {})
     return {"run": str(folder), "grid": GRID}
 
@@ -112,14 +112,33 @@ LOSSES: Mapping[str, tuple[dict[str, Any], ...]] = {
         {"score": 0.1},
         {"heatmap": "quality"},
         {"feature": 1.0, "empty": 0.1, "adversarial": 0.1, "ramp": 10},
+        {"output": 0, "feature": 1.0, "standardise": True},
         {"output": 0, "instance": 1.0},
     ),
-    "unidistill": ({}, {"adapter": True, "pseudo_score": 0.3}, {"source": "points"}),
+    "unidistill": (
+        {},
+        {"adapter": True, "pseudo_score": 0.3},
+        {"adapter": "conv"},
+        {"source": "points"},
+        {"adapter": True, "standardise": True},
+    ),
     "rdd": ({}, {"region": "box", "box": True, "rule": "soft"}, {"rule": "topk", "logit_region": "peak"}),
-    "itkd": ({}, {"variant": "paper", "code": 4}),
+    "itkd": ({}, {"variant": "paper", "code": 4, "standardise": True}),
+    "bevdistill": ({},),
+    "crkd": ({"sizes": (4, 2)}, {"stage": "bev_high"}),
+    "distillbev": ({}, {"false_positive": 0}),
+    "labeldistill": ({}, {"stages": ["bev_low", "bev_high"], "stride": 1}),
+    "tigbev": ({"side": 6},),
 }
 
+_WORLD = {"name": "nuscenes", "version": "v1.0-world", "sweeps": 2}
+
 SOURCES: Mapping[str, SourceCase] = {
+    "concat": SourceCase(
+        lambda world, _: {
+            "sources": [_WORLD | {"root": str(world), "split": f"world_{split}"} for split in ("train", "val")]
+        }
+    ),
     "kitti": SourceCase(
         lambda _, real: real and {"root": str(real / "kitti"), "split": "trainval"}, frozenset({"lidar", "camera"})
     ),

@@ -112,8 +112,11 @@ class TestFrameSources(testing.FrameSourceTests):
         if config is None:
             pytest.skip("no real sensor data; set BEVKD_REAL_DATA to run this test")
         self.name, self.sensors = request.param, case.sensors
+        index_dir = str(tmp_path_factory.getbasetemp() / "index")
         indexed = "index_dir" in registry.load("bevkd.data.sources", self.name).Config.model_fields
-        self.config = config | ({"index_dir": str(tmp_path_factory.getbasetemp() / "index")} if indexed else {})
+        self.config = config | ({"index_dir": index_dir} if indexed else {})
+        if "sources" in config:
+            self.config["sources"] = [{**each, "index_dir": index_dir} for each in config["sources"]]
 
     def source(self) -> FrameSource:
         module, config = load("bevkd.data.sources", self.name, self.config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -172,6 +172,48 @@ def test_a_loss_that_changes_the_cached_signals_is_noticed() -> None:
 
     with pytest.raises(AssertionError, match="changes what it reads"):
         Writing().test_gradients_reach_the_student()
+
+
+class Weighed(DistillLossConfig):
+    """Two terms, the second of which is named wrongly, not weighted and reads what is not there."""
+
+    weights: ClassVar[tuple[str, ...]] = ("first", "second")
+    name: Literal["weighed"] = "weighed"
+    first: float = 1.0
+    second: float = 1.0
+    odd: bool = False
+
+    def signals(self) -> tuple[str, ...]:
+        return ("bev_high", *(("heatmap",) if self.first > 0 or self.odd else ()))
+
+
+def build(config: Weighed, context: DistillContext) -> DistillLoss:
+    del context
+
+    def loss(student: DetectorOutput, teacher: TeacherBatch, batch: Batch) -> dict[str, Tensor]:
+        del teacher, batch
+        terms = {"first": config.first * student.bev_high.square().mean()}
+        return terms | {"third" if config.odd else "second": student.bev_low.square().mean()}
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("odd", "test", "message"),
+    [
+        (True, "test_every_term_belongs_to_a_weight", "third is called after 0"),
+        (False, "test_a_weight_of_zero_switches_its_terms_off", "first: 0 leaves other terms"),
+        (False, "test_twice_the_weight_is_twice_the_terms", "second at twice second"),
+    ],
+)
+def test_a_term_that_does_not_follow_its_weight_is_noticed(odd: bool, test: str, message: str) -> None:
+    class Unweighted(testing.DistillLossTests):
+        def build(self, context: DistillContext) -> tuple[DistillLossConfig, DistillLoss]:
+            config = Weighed(odd=odd)
+            return config, build(config, context)
+
+    with pytest.raises(AssertionError, match=message):
+        getattr(Unweighted(), test)()
 
 
 # ---------------------------------------------------------------------------------------------- data and specs

@@ -267,7 +267,7 @@ def test_a_list_with_frames_that_are_not_there_is_refused(tmp_path: Path) -> Non
         ({"classes": ("car",)}, "unknown classes car; KITTI's are Car, Pedestrian"),
         ({"classes": ("Car", "Car")}, "each of them once"),
         ({"labels": ("scene",)}, "KITTI has no scenes"),
-        ({"labels": 0.0}, "above 0"),
+        ({"labels": -0.1}, "from 0 to 1"),
         ({"split": "training"}, "'train', 'val', 'trainval' or 'test'"),
     ],
 )
@@ -323,7 +323,8 @@ def test_frames_with_faults_are_left_out_on_demand(tmp_path: Path) -> None:
     kitti_kit.write(tmp_path, {f"{k:06d}": [label()] for k in range(3)}, {"train": ("000000", "000001", "000002")})
     kitti_kit.write_points(tmp_path, "000001", [[10, 0, 0, 0.5]])
     source = build(Config(root=tmp_path, skip_missing=True), frozenset({"lidar"}))
-    assert (source.tokens, source.skipped) == (("000001",), 2)
+    assert source.tokens == ("000001",)
+    assert source.notes == ("2 of 3 frames of train left out: sensor files missing or damaged",)
     (tmp_path / "training/velodyne/000001.bin").unlink()
     with pytest.raises(DataError, match="skip_missing leaves no frame"):
         build(Config(root=tmp_path, skip_missing=True), frozenset({"lidar"}))

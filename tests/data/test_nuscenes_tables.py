@@ -96,9 +96,10 @@ def test_a_sample_without_its_lidar_is_refused(root: Path, open_source: Open) ->
 def test_missing_and_truncated_files_are_reported_at_once(root: Path, open_source: Open) -> None:
     source = open_source(sweeps=1)
     first, second = source.tokens[:2]
-    lidar = [root / source.index.file(int(source.index["frame_reading"][row, 0])) for row in range(2)]
+    rows = [source.index.row(token) for token in (first, second)]
+    lidar = [root / source.index.file(int(source.index["frame_reading"][row, 0])) for row in rows]
     column = next(column for column, name in source.index.channels("camera") if name == "CAM_FRONT")
-    image = root / source.index.file(int(source.index["frame_reading"][1, column]))
+    image = root / source.index.file(int(source.index["frame_reading"][rows[1], column]))
     lidar[0].unlink()
     lidar[1].write_bytes(lidar[1].read_bytes()[:-7])
     image.write_bytes(image.read_bytes()[:-300])
@@ -117,7 +118,7 @@ def test_missing_and_truncated_files_are_reported_at_once(root: Path, open_sourc
 def test_a_damaged_radar_file_is_a_fault(root: Path, open_source: Open) -> None:
     source = open_source(radar_sweeps=1)
     column, _ = source.index.channels("radar")[0]
-    path = root / source.index.file(int(source.index["frame_reading"][0, column]))
+    path = root / source.index.file(int(source.index["frame_reading"][source.index.row(source.tokens[0]), column]))
     path.write_bytes(path.read_bytes()[:-200])
     (fault,) = source.check(source.tokens, frozenset({"radar"}))
     assert fault.startswith(str(path))
@@ -129,7 +130,7 @@ def test_a_damaged_radar_file_is_a_fault(root: Path, open_source: Open) -> None:
 def test_returns_from_the_car_itself_are_left_out(root: Path, open_source: Open) -> None:
     source = open_source(sweeps=1)
     token = source.tokens[0]
-    path = root / source.index.file(int(source.index["frame_reading"][0, 0]))
+    path = root / source.index.file(int(source.index["frame_reading"][source.index.row(token), 0]))
     rows = [[0.5, -0.9, 0, 200, 1], [0.5, 3, 1, 255, 2], [-4, 0.1, -1, 7, 3]]
     np.array(rows, dtype=np.float32).tofile(path)
     points = source.load(token, LIDAR).points
@@ -214,7 +215,7 @@ def test_classes_and_min_points_choose_the_boxes(open_source: Open) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"labels": 0}, {"labels": 1.5}, {"labels": True}, {"classes": ["tram"]}, {"classes": []}, {"sweeps": 11}],
+    [{"labels": -0.1}, {"labels": 1.5}, {"labels": True}, {"classes": ["tram"]}, {"classes": []}, {"sweeps": 11}],
 )
 def test_a_config_out_of_range_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):

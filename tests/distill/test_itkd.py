@@ -46,9 +46,9 @@ def maps() -> tuple[Tensor, Tensor]:
 def test_interchange_and_compression_have_the_released_values() -> None:
     config = Config(code=4, slots=3)
     losses = interchange_losses(networks(config), *maps(), EVERYWHERE, CELLS, config)
-    assert losses["student_to_teacher"].item() == pytest.approx(0.63935870 + 0.25987160, rel=1e-4)
-    assert losses["teacher_to_student"].item() == pytest.approx(0.65791440 + 0.28203475, rel=1e-4)
-    assert losses["compressed"].item() == pytest.approx(0.00106378, rel=1e-3)
+    assert losses["feature_to_teacher"].item() == pytest.approx(0.63935870 + 0.25987160, rel=1e-4)
+    assert losses["feature_to_student"].item() == pytest.approx(0.65791440 + 0.28203475, rel=1e-4)
+    assert losses["feature_compressed"].item() == pytest.approx(0.00106378, rel=1e-3)
     assert torch.stack([*losses.values()]).sum().item() == pytest.approx(1.84024334, rel=1e-4)
 
 
@@ -100,16 +100,16 @@ def test_the_paper_compares_codes_at_objects_and_decodes_to_the_teacher() -> Non
     own, theirs = autoencoder.encoder(lifted), autoencoder.encoder(teacher)
     frame, row, column = CELLS.unbind(1)
     losses = interchange_losses(autoencoder, student, teacher, EVERYWHERE, CELLS, config)
-    torch.testing.assert_close(losses["compressed"], (own - theirs)[frame, :, row, column].abs().mean())
+    torch.testing.assert_close(losses["feature_compressed"], (own - theirs)[frame, :, row, column].abs().mean())
     error = autoencoder.decoder(theirs) - lifted
     expected = error.abs().mean() + error[frame, :, row, column].square().sum() / (2 * 3 * 24)
-    torch.testing.assert_close(losses["teacher_to_student"], expected)
+    torch.testing.assert_close(losses["feature_to_student"], expected)
 
 
 def test_frames_without_objects_keep_the_dense_terms() -> None:
     config = Config(code=4, slots=3)
     losses = interchange_losses(networks(config), *maps(), EVERYWHERE, CELLS[:0], config)
-    assert losses["student_to_teacher"].item() == pytest.approx(0.63935870, rel=1e-4)
+    assert losses["feature_to_teacher"].item() == pytest.approx(0.63935870, rel=1e-4)
 
 
 def test_the_published_autoencoder_adds_a_tenth_of_a_million_parameters() -> None:

@@ -291,6 +291,15 @@ def test_adapters_bring_the_student_to_the_teachers_channels() -> None:
     assert all(weight.grad is not None for weight in loss.parameters())
 
 
+def test_the_published_adapter_is_a_convolution_over_neighbours_with_norm() -> None:
+    loss = build(Config(adapter="conv", response=0), context())
+    assert isinstance(loss, UniDistill)
+    for stage, channels in (("bev_low", 4), ("bev_high", 6)):
+        convolution, norm, activation = loss.adapters[stage].children()
+        assert convolution.weight.shape == (channels, channels, 3, 3)
+        assert (type(norm).__name__, type(activation).__name__) == ("BatchNorm2d", "ReLU")
+
+
 @pytest.mark.parametrize(
     ("config", "shapes", "advice"),
     [

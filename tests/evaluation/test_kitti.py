@@ -407,6 +407,17 @@ def test_a_run_keeps_its_detections_as_result_files_that_score_the_same(tmp_path
     assert float(words[15]) == 1
 
 
+def test_result_files_become_the_boxes_that_they_were_made_of(tmp_path: Path) -> None:
+    source = source_of(tmp_path / "kitti", many(5))
+    found = {token: source.annotations(token) for token in source.tokens}
+    metrics = metrics_of(source)
+    folder = metrics.save_detections(tmp_path / "detections", source, found)
+    back = metrics.to_boxes(source, metrics.load_detections(folder, source), source.tokens)
+    for token, boxes in found.items():
+        assert torch.allclose(back[token].values[:, :7], boxes.values[:, :7], atol=1e-3)
+        assert torch.equal(back[token].labels, boxes.labels)
+
+
 def test_boxes_outside_the_image_are_no_results(tmp_path: Path) -> None:
     source = source_of(tmp_path, {"000000": [label()]})
     (box,) = source.annotations("000000").values

@@ -60,3 +60,25 @@ def test_annotations_given_as_detections_are_perfect(source: NuScenesSource) -> 
     assert scores.mean_ap_present == pytest.approx(1)
     for name in scores.classes_present:
         assert scores.per_class[name]["errors"]["trans_err"] < 1e-5
+
+
+def test_results_become_the_boxes_that_they_were_made_of(source: NuScenesSource) -> None:
+    made = {}
+    for token in source.tokens:
+        truth = source.annotations(token)
+        made[token] = dataclasses.replace(truth, values=truth.values.nan_to_num(), scores=torch.rand(len(truth)))
+    back = nuscenes.to_boxes(source, nuscenes.to_results(source, made), source.tokens)
+    for token, boxes in made.items():
+        order = boxes.scores.argsort(descending=True, stable=True)
+        assert torch.allclose(back[token].values, boxes.values[order], atol=1e-4)
+        assert torch.equal(back[token].labels, boxes.labels[order])
+        assert torch.allclose(back[token].scores, boxes.scores[order])
+
+
+def test_boxes_of_classes_that_the_source_has_not_are_left_out(source: NuScenesSource) -> None:
+    token = source.tokens[0]
+    boxes = dataclasses.replace(source.annotations(token), values=source.annotations(token).values.nan_to_num())
+    results = nuscenes.to_results(source, {token: boxes})
+    cars = build(source.config.model_copy(update={"classes": ("car",)}))
+    found = nuscenes.to_boxes(cars, results, [token])[token]
+    assert len(found) == int((boxes.labels == source.classes.index("car")).sum()) > 0

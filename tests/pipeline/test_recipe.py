@@ -28,7 +28,7 @@ def test_the_loss_of_the_how_to_is_one_that_a_recipe_takes() -> None:
     module: dict[str, Any] = {"__name__": "attention"}
     exec(compile(found[1], str(HOW_TO), "exec"), module)
     module["Config"].model_rebuild(_types_namespace=module)
-    config = DistillConfig(caches={}, losses=(module["Config"](weight=0.5),)).losses[0]
+    config = DistillConfig(caches={}, losses=(module["Config"](energy=0.5),)).losses[0]
     assert (config.teacher, config.signals(), config.misfits(None)) == ("teacher", ("bev_high",), [])
 
 

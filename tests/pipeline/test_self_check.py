@@ -72,7 +72,7 @@ def sealed(
     for block in writer.pending()[::order]:
         (token,) = header.block_tokens(block)
         writer.write_block(block, [{"boxes": teacher(source.annotations(token))}])
-    return writer.seal(partial(check_boxes, source, source.config, Silent()))
+    return writer.seal(partial(check_boxes, source, Silent()))
 
 
 def check_of(manifest: Manifest) -> SelfCheck:
@@ -149,7 +149,7 @@ def test_a_data_set_without_metrics_is_not_scored_and_says_so(
 
 def test_a_cache_without_boxes_is_not_scored_and_says_so(tmp_path: Path, source: NuScenesSource) -> None:
     cache_kit.write(tmp_path / "cache", cache_kit.header(signals={"bev_low": {"encoding": "uint8"}}))
-    check = check_boxes(source, source.config, Silent(), CacheReader.open(tmp_path / "cache"))
+    check = check_boxes(source, Silent(), CacheReader.open(tmp_path / "cache"))
     assert check.text == "not scored: the cache holds no boxes"
 
 

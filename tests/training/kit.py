@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from bevkd.data.collate import Batch, Sample
+from bevkd.distill.base import DistillLossConfig
 from bevkd.geometry.affine import BEVAffine
 from bevkd.grid import BEVGrid
 from bevkd.models.detector import DetectorOutput
 from bevkd.models.heads import center
 from bevkd.progress import Silent
-from bevkd.training.config import TrainingConfig
+from bevkd.training.config import BalanceConfig, TrainingConfig
 from bevkd.training.loop import Trainer
 from bevkd.training.objective import Objective
+from bevkd.training.terms import Terms
 from bevkd.types import Boxes, Frame
 
 GRID = BEVGrid(x_m=(-8, 8), y_m=(-8, 8), cell_m=2.0)
@@ -103,13 +105,50 @@ class KilledAt(Silent):
         self._left -= steps
 
 
-def trainer(run: Path, losses: list[tuple[str, str, Any]] | None = None, **changes: Any) -> Trainer:
-    """Return a trainer of a freshly seeded tiny detector in ``run``."""
+class PullConfig(DistillLossConfig):
+    """Two weights, the second of which has two terms."""
+
+    weights: ClassVar[tuple[str, ...]] = ("feature", "output")
+    name: Literal["pull"] = "pull"
+    feature: float = 1.0
+    output: float = 1.0
+    standardise: bool = False
+
+    def signals(self) -> tuple[str, ...]:
+        return ()
+
+
+class Pull(nn.Module):
+    """A loss that needs no teacher: it pulls features, through an adapter, and heatmaps to constants."""
+
+    def __init__(self, config: PullConfig) -> None:
+        super().__init__()
+        self.config, self.adapter = config, nn.Conv2d(4, 4, 1)
+
+    def forward(self, student: DetectorOutput, teacher: object, batch: Batch) -> dict[str, Tensor]:
+        del teacher, batch
+        config, heatmap = self.config, student.head.heatmap
+        return {
+            "feature": config.feature * (self.adapter(student.bev_low) - 1).abs().mean(),
+            "output_low": config.output * heatmap.square().mean(),
+            "output_high": config.output * (heatmap - 1).abs().mean(),
+        }
+
+
+def trainer(
+    run: Path, pulled: PullConfig | None = None, balance: BalanceConfig | None = None, **changes: Any
+) -> Trainer:
+    """Return a trainer of a freshly seeded tiny detector in ``run``, distilled if it is ``pulled``."""
     values: dict[str, Any] = {"steps": 8, "batch_size": 2, "workers": 0, "log_every": 1, "learning_rate": 0.01}
     run.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    objective = Objective(TinyDetector(), losses or [], {})  # type: ignore[arg-type]
-    return Trainer(objective, TrainingConfig(**{**values, **changes}), run, "cpu", {"recipe": "test"})
+    detector: Any = TinyDetector()
+    losses: list[Any] = [("pull", "nobody", Pull(pulled))] if pulled else []
+    silent: Any = lambda _: None  # noqa: E731
+    objective = Objective(detector, losses, {"nobody": silent})
+    config = TrainingConfig(**{**values, **changes})
+    terms = Terms({"pull": pulled} if pulled else {}, balance, config.steps)
+    return Trainer(objective, config, run, "cpu", {"recipe": "test"}, terms=terms)
 
 
 def weights(run: Path) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from tests.training.kit import weights
 
 TRAIN = "tests.training.work:train"
 NO_CHANCE = {"dropout": 0.0}
+PULLED = {"pulled": True}
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +116,50 @@ def test_a_loss_that_is_not_finite_stops_every_process_with_the_same_error(
     for part in ("TrainingError", "step 3", "terms: detection/box", f"frames: {frames}", "checkpoint is of step 2"):
         assert part in first
     assert [line["step"] for line in read_log(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_measuring_gradients_changes_no_bit_of_what_processes_do(
+    several: Processes, tmp_path: Path, accumulation: int
+) -> None:
+    settings = {"steps": 4, "batch_size": 2, "accumulation": accumulation, "sync_batch_norm": True}
+    for name, every in (("without", 0), ("with", 2)):
+        several.run(2, TRAIN, tmp_path / name, {**settings, "gradient_norms": every}, PULLED)
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    left, expected = weights(tmp_path / "with"), weights(tmp_path / "without")
+    assert all(torch.equal(left[name], expected[name]) for name in expected)
+
+
+def test_processes_measure_the_gradients_of_their_mean_and_balance_alike(several: Processes, tmp_path: Path) -> None:
+    settings = {"steps": 4, "sync_batch_norm": True, "gradient_norms": 2, "learning_rate": 1e-6}
+    for count in (1, 2):
+        changed = {**settings, "batch_size": 8 // count}
+        several.run(count, TRAIN, tmp_path / str(count), changed, {**PULLED, **NO_CHANCE})
+    one, two = (read_log(tmp_path / str(count)) for count in (1, 2))
+    for alone, together in zip(one, two, strict=True):
+        assert together["balance/pull/feature"] == pytest.approx(alone["balance/pull/feature"], rel=1e-3)
+        assert alone.keys() == together.keys()
+    # A process has a half of the frames: its own gradient is another, but of the same size.
+    assert two[1]["gradient/pull/feature"] == pytest.approx(one[1]["gradient/pull/feature"], rel=0.3)
+
+
+def test_a_balanced_run_of_processes_is_resumed_bit_by_bit(several: Processes, tmp_path: Path) -> None:
+    settings = {"steps": 6, "batch_size": 2, "checkpoint_every": 3, "schedule": "constant"}
+    several.run(2, TRAIN, tmp_path / "whole", settings, PULLED)
+    several.run(2, TRAIN, tmp_path / "parts", {**settings, "steps": 3, "warmup": 0.6}, PULLED)
+    several.run(2, TRAIN, tmp_path / "parts", settings, PULLED)
+    whole, parts = ([line["balance/pull/feature"] for line in read_log(tmp_path / name)] for name in ("whole", "parts"))
+    assert parts == whole
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("labelled", [0, 1])
+def test_processes_train_on_frames_of_which_none_or_one_has_labels(
+    several: Processes, tmp_path: Path, labelled: int
+) -> None:
+    settings = {"steps": 4, "batch_size": 2, "sync_batch_norm": True, "gradient_norms": 1}
+    several.run(2, TRAIN, tmp_path, settings, {**PULLED, "labelled": labelled})
+    for line in read_log(tmp_path):
+        assert line["pull/feature"] > 0
+        assert (line["gradient/detection"] > 0) == (line["detection/heatmap"] > 0)
+    assert sum(line["detection/heatmap"] > 0 for line in read_log(tmp_path)) == 2 * labelled

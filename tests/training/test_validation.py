@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bevkd.progress import Silent
-from bevkd.training.loop import Trainer, Validation
+from bevkd.training.loop import Trainer
+from bevkd.training.result import Validation
 from bevkd.training.tracking import read_log
 from tests.training.kit import Killed, KilledAt, TinyFrames, trainer, weights
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from bevkd.errors import BevkdError
 from bevkd.progress import Silent
-from tests.training.kit import TinyFrames, trainer
+from bevkd.training.config import BalanceConfig
+from tests.training.kit import PullConfig, TinyFrames, trainer
 
 
 def rank() -> int:
@@ -25,17 +26,20 @@ def train(run: str, settings: dict[str, Any], changes: dict[str, Any] | None = N
 
     Args:
         settings: of the training.
-        changes: ``dropout`` of the model; ``nan`` is the process whose loss is not a number at step 3.
+        changes: ``dropout`` of the model; ``pulled`` has a loss of distillation, balanced; ``labelled`` is the
+            number of frames with labels; ``nan`` is the process whose
+            loss is not a number at step 3.
     """
     changes = changes or {}
-    made = trainer(Path(run), **settings)
+    distilled = {"pulled": PullConfig(feature=30), "balance": BalanceConfig()} if "pulled" in changes else {}
+    made = trainer(Path(run), **distilled, **settings)  # type: ignore[arg-type]
     for module in made.objective.modules():
         if isinstance(module, nn.Dropout):
             module.p = changes.get("dropout", module.p)
     if changes.get("nan") == rank():
         _break(made)
     made.resume()
-    frames = TinyFrames()
+    frames = TinyFrames(changes.get("labelled", 10))
     draws: list[float] = []
     made.objective.model.encoder[3].register_forward_hook(  # type: ignore[index, union-attr]
         lambda *arguments: draws.append(float((arguments[2] == 0).float().mean()))

@@ -17,6 +17,11 @@ def file_faults(root: Path, files: list[str], fault: Callable[[Path], str | None
         return {name: text for name, text in zip(files, faults, strict=True) if text}
 
 
+def skipped_notes(skipped: int, frames: int, split: str) -> tuple[str, ...]:
+    """Return what to tell users about frames left out for their sensor files; nothing if none was."""
+    return (f"{skipped} of {frames} frames of {split} left out: sensor files missing or damaged",) if skipped else ()
+
+
 def file_fault(path: Path, lidar_record_bytes: int) -> str | None:
     """Return what is wrong with a LiDAR scan or an image: missing, empty or truncated; None if it looks whole.
 

@@ -11,8 +11,8 @@ from bevkd.errors import DataError
 
 def check_labels(labels: object) -> object:
     """Return the option ``labels`` if it is a fraction, a list or a path; raises ValueError saying what it must be."""
-    if isinstance(labels, bool) or (isinstance(labels, int | float) and not 0 < labels <= 1):
-        raise ValueError(f"a fraction of labelled frames must be above 0 and at most 1, got {labels}")
+    if isinstance(labels, bool) or (isinstance(labels, int | float) and not 0 <= labels <= 1):
+        raise ValueError(f"a fraction of labelled frames must be from 0 to 1, got {labels}")
     if not isinstance(labels, int | float | str | Path | list | tuple):
         raise ValueError("give a fraction, a list of scene names, or the path of a file with a token per line")
     return labels

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bevkd.data.sources._nuscenes_frames import Arrays, Readings, bytes_of, frames_of
 from bevkd.data.sources._nuscenes_tables import NONE, SEVERAL, Tables
 from bevkd.errors import DataError, report
 
 LIDAR = "LIDAR_TOP"
 CAMERAS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
 RADARS = ("RADAR_FRONT", "RADAR_FRONT_LEFT", "RADAR_FRONT_RIGHT", "RADAR_BACK_LEFT", "RADAR_BACK_RIGHT")
-
-Arrays = dict[str, npt.NDArray[Any]]
 
 
 def rotations(quaternions: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -52,8 +51,8 @@ def build_index(tables: Tables) -> tuple[Arrays, dict[str, Any]]:
         "calibration_pose": _poses(tables, "calibrated_sensor"),
         "calibration_intrinsics": tables.array("calibrated_sensor", "camera_intrinsic"),
     }
-    readings, reading_of = _readings(tables, channels, modalities)
-    frames, frame_of = _frames(tables, channels, reading_of)
+    known, readings = _readings(tables, channels, modalities)
+    frames, frame_of = frames_of(tables, known)
     categories = tables.texts("category", "name")
     meta = {
         "channels": channels,
@@ -67,9 +66,7 @@ def build_index(tables: Tables) -> tuple[Arrays, dict[str, Any]]:
     faults = []
     headless = int((frames["frame_reading"][:, 0] < 0).sum())
     if headless:
-        faults.append(
-            f"{headless} of {len(frames['frame_time'])} samples have no {LIDAR} key frame in sample_data.json"
-        )
+        faults.append(f"{headless} of {tables.count('sample')} samples have no {LIDAR} key frame in sample_data.json")
     boxes = _annotations(tables, frame_of)
     detected = np.array([name is not None for name in meta["detection_names"]], dtype=bool)
     several = int((detected[boxes["box_category"]] & (boxes["box_attribute"] == SEVERAL)).sum())
@@ -84,8 +81,7 @@ def build_index(tables: Tables) -> tuple[Arrays, dict[str, Any]]:
         calibrations["calibration_pose"][readings["reading_calibration"][lidar]]
     )
     boxes["box_lidar"] = _in_lidar(boxes["box_global"], global_from_lidar[frame_of_box])
-    frames["frame_digest"] = _digests(frames["frame_boxes"], boxes, meta)
-    return {**frames, **readings, **calibrations, **boxes}, meta
+    return {**frames, **readings, **calibrations, **boxes}, {**meta, "annotation_digest": _digest(frames, boxes, meta)}
 
 
 def _channels(tables: Tables) -> tuple[list[str], list[str]]:
@@ -107,65 +103,30 @@ def _poses(tables: Tables, table: str) -> npt.NDArray[np.float64]:
     return np.concatenate([tables.array(table, "translation"), tables.array(table, "rotation")], axis=1)
 
 
-def _readings(
-    tables: Tables, channels: list[str], modalities: list[str]
-) -> tuple[Arrays, dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]]:
-    """Return the readings by time, and for each channel its key frames as (sample row, reading row).
-
-    Camera images between key frames are left out: they are most of the records and nothing reads them.
-    """
+def _readings(tables: Tables, channels: list[str], modalities: list[str]) -> tuple[Readings, Arrays]:
+    """Return the readings of all channels by time, and what the index holds of them."""
     sensor_of = tables.rows["calibrated_sensor", "sensor_token"]
     names = tables.texts("sensor", "channel")
     column_of_sensor = np.array([channels.index(name) if name in channels else NONE for name in names], dtype=np.int64)
     calibration = tables.rows["sample_data", _CALIBRATION]
     column = column_of_sensor[sensor_of[calibration]]
-    key = tables.array("sample_data", "is_key_frame")
-    camera = np.array([kind == "camera" for kind in modalities])[column]
-    kept = np.flatnonzero((column != NONE) & (key | ~camera))
     time = tables.array("sample_data", "timestamp")
+    kept = np.flatnonzero(column != NONE)
     kept = kept[np.argsort(time[kept], kind="stable")]
-    new_row = np.full(tables.count("sample_data") + 1, NONE, dtype=np.int64)  # the last entry answers for NONE
-    new_row[kept] = np.arange(len(kept))
+    row = np.full(tables.count("sample_data") + 1, NONE, dtype=np.int64)
+    row[kept] = np.arange(len(kept))
 
     files = tables.texts("sample_data", "filename")
     size = np.stack([tables.array("sample_data", "height"), tables.array("sample_data", "width")], axis=1)
-    arrays: Arrays = {
-        "reading_file": _bytes([files[row] for row in kept.tolist()]),
+    cameras = np.array([kind == "camera" for kind in modalities])
+    return Readings(kept, row, column[kept], len(channels), cameras), {
+        "reading_file": bytes_of([files[record] for record in kept.tolist()]),
         "reading_time": time[kept],
         "reading_pose": _poses(tables, "ego_pose")[tables.rows["sample_data", "ego_pose_token"][kept]],
         "reading_calibration": calibration[kept].astype(np.int32),
         "reading_size": size[kept].astype(np.int32),
-        "reading_previous": new_row[tables.rows["sample_data", "prev"][kept]].astype(np.int32),
+        "reading_previous": row[tables.rows["sample_data", "prev"][kept]].astype(np.int32),
     }
-    sample = tables.rows["sample_data", "sample_token"]
-    keys = {}
-    for number in range(len(channels)):
-        rows = np.flatnonzero(key & (column == number))  # in table order: the devkit takes the last of several, too
-        keys[number] = (sample[rows], new_row[rows])
-    return arrays, keys
-
-
-def _frames(
-    tables: Tables,
-    channels: list[str],
-    keys: dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]],
-) -> tuple[Arrays, npt.NDArray[np.int64]]:
-    """Return the key frames by scene and time, and the frame of each record of the sample table."""
-    scene = tables.rows["sample", "scene_token"]
-    time = tables.array("sample", "timestamp")
-    order = np.lexsort((time, scene))
-    reading = np.full((len(order), len(channels)), NONE, dtype=np.int32)
-    for column, (samples, rows) in keys.items():
-        reading[samples, column] = rows
-    tokens = tables.texts("sample", "token")
-    frame_of = np.empty(len(order), dtype=np.int64)
-    frame_of[order] = np.arange(len(order))
-    return {
-        "frame_token": _bytes([tokens[row] for row in order.tolist()]),
-        "frame_scene": scene[order].astype(np.int32),
-        "frame_time": time[order],
-        "frame_reading": reading[order],
-    }, frame_of
 
 
 def _annotations(tables: Tables, frame_of: npt.NDArray[np.int64]) -> Arrays:
@@ -218,21 +179,18 @@ def _in_lidar(boxes: npt.NDArray[np.float64], global_from_lidar: npt.NDArray[np.
     return in_lidar.astype(np.float32)
 
 
-def _digests(offsets: npt.NDArray[np.int64], boxes: Arrays, meta: dict[str, Any]) -> npt.NDArray[np.uint8]:
-    """Return the SHA-256 of each frame's annotations."""
-    digests = np.zeros((len(offsets) - 1, 32), dtype=np.uint8)
-    for frame in range(len(digests)):
-        rows = slice(offsets[frame], offsets[frame + 1])
+def _digest(frames: Arrays, boxes: Arrays, meta: dict[str, Any]) -> str:
+    """Return the SHA-256 over the tokens of all key frames and over the annotations of each."""
+    keys = np.flatnonzero(frames["frame_step"] == 0)
+    starts, stops = frames["frame_boxes"][keys].tolist(), frames["frame_boxes"][keys + 1].tolist()
+    total = hashlib.sha256(np.array(frames["frame_token"][keys].tolist(), dtype=np.bytes_).tobytes())
+    for start, stop in zip(starts, stops, strict=True):
+        rows = slice(start, stop)
         names = [
             [meta["categories"][number] for number in boxes["box_category"][rows].tolist()],
             [meta["attributes"][number] if number >= 0 else "" for number in boxes["box_attribute"][rows].tolist()],
         ]
         # The global frame alone: a corrected ego pose is not a new annotation.
         numbers = boxes["box_global"][rows].tobytes() + boxes["box_points"][rows].tobytes()
-        digest = hashlib.sha256("\n".join(map("\t".join, names)).encode() + numbers).digest()
-        digests[frame] = np.frombuffer(digest, dtype=np.uint8)
-    return digests
-
-
-def _bytes(texts: list[str]) -> npt.NDArray[np.bytes_]:
-    return np.array([text.encode() for text in texts], dtype=np.bytes_)
+        total.update(hashlib.sha256("\n".join(map("\t".join, names)).encode() + numbers).digest())
+    return total.hexdigest()

@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,7 @@ from bevkd.data.sources._nuscenes_build import build_index
 from bevkd.data.sources._nuscenes_tables import FIELDS, content_digest, read_tables
 from bevkd.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the arrays change their meaning; older indices are then left alone and never read."""
 
 logger = logging.getLogger(__name__)
@@ -39,19 +39,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FrameIndex:
-    """Key frames, sensor readings and annotations of one version.
+    """Frames, sensor readings and annotations of one version.
 
-    F key frames, R readings, S channels, C calibrations, A annotations (those of a frame are neighbours, in table
-    order). Row numbers are -1 where there is no record.
+    F frames by scene and time: key frames, and the LiDAR sweeps around them, which have no annotations. R readings, S
+    channels, C calibrations, A annotations (those of a frame are neighbours, in table order). Row numbers are -1 where
+    there is no record.
 
     Attributes:
         folder: where the arrays lie; all that is pickled.
         meta: ``channels`` (LIDAR_TOP, cameras, radars), ``modalities``, ``scenes``, ``categories``,
-            ``detection_names`` (class of each category or None), ``attributes``, ``splits``, ``content_digest``.
+            ``detection_names`` (class of each category or None), ``attributes``, ``splits``, ``content_digest``,
+            ``annotation_digest`` (SHA-256 over all key frames and their annotations).
         arrays: by name:
-            ``frame_token`` [F] bytes; ``frame_scene`` [F]; ``frame_time`` [F] us; ``frame_reading`` [F S] rows of
-            readings; ``frame_boxes`` [F + 1] offsets into the annotations; ``frame_digest`` [F 32] SHA-256 of the
-            frame's annotations;
+            ``frame_token`` [F] bytes, of a sweep its ``sample_data`` token; ``frame_scene`` [F]; ``frame_time`` [F] us;
+            ``frame_step`` [F] LiDAR scans since the last key frame, which itself has 0; ``frame_reading`` [F S] rows of
+            readings; ``frame_previous`` [F] the frame of the previous images; ``frame_boxes`` [F + 1] offsets into the
+            annotations;
             ``reading_file`` [R] bytes, relative to the root; ``reading_time`` [R] us; ``reading_pose`` [R 7] ego pose;
             ``reading_calibration`` [R]; ``reading_size`` [R 2] (H, W) px; ``reading_previous`` [R];
             ``calibration_pose`` [C 7] sensor in the ego frame; ``calibration_intrinsics`` [C 3 3];
@@ -78,9 +81,34 @@ class FrameIndex:
         return self.arrays[name]
 
     @cached_property
-    def frame_rows(self) -> dict[str, int]:
+    def key_rows(self) -> dict[str, int]:
         """Row of each sample token."""
-        return {token.decode(): row for row, token in enumerate(self.arrays["frame_token"].tolist())}
+        return self._rows(self.arrays["frame_step"] == 0)
+
+    @cached_property
+    def sweep_rows(self) -> dict[str, int]:
+        """Row of each LiDAR sweep's ``sample_data`` token; there are many."""
+        return self._rows(self.arrays["frame_step"] > 0)
+
+    def row(self, token: str) -> int | None:
+        """Return the row of a frame, key frame or sweep; None if there is none."""
+        row = self.key_rows.get(token)
+        return self.sweep_rows.get(token) if row is None else row
+
+    def tokens(self, rows: Sequence[int]) -> tuple[str, ...]:
+        """Return the tokens of frames."""
+        return tuple(token.decode() for token in self.arrays["frame_token"][np.array(rows, dtype=np.int64)].tolist())
+
+    def key_frames(self, rows: Sequence[int]) -> list[int]:
+        """Return those of ``rows`` that are key frames."""
+        own = np.array(rows, dtype=np.int64)
+        keys: list[int] = own[self.arrays["frame_step"][own] == 0].tolist()
+        return keys
+
+    def _rows(self, chosen: npt.NDArray[np.bool_]) -> dict[str, int]:
+        rows = np.flatnonzero(chosen)
+        tokens = self.arrays["frame_token"][rows].tolist()
+        return {token.decode(): row for token, row in zip(tokens, rows.tolist(), strict=True)}
 
     def channels(self, modality: str) -> tuple[tuple[int, str], ...]:
         """Return column in ``frame_reading`` and name of each channel of ``modality`` (lidar, camera, radar)."""

@@ -1,13 +1,16 @@
-"""Which key frames a recipe asks for, and which of them are labelled."""
+"""Which frames a recipe asks for, and which of them are labelled."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from bevkd.data.sources._labels import drawn, listed, some
+from bevkd.data.sources._nuscenes_frames import TOLERANCE_US
 from bevkd.data.sources._nuscenes_index import FrameIndex
 from bevkd.errors import DataError, report
 
@@ -32,12 +35,20 @@ def check_folders(root: Path, version: str) -> Path:
 
 
 def select_frames(
-    index: FrameIndex, tables: Path, split: str, scenes: Sequence[str] | None, tokens: Sequence[str] | None
+    index: FrameIndex,
+    tables: Path,
+    split: str,
+    scenes: Sequence[str] | None,
+    tokens: Sequence[str] | None,
+    sweep_frames: int = 0,
 ) -> list[int]:
-    """Return the rows of the split's key frames, narrowed to ``scenes`` and to ``tokens``, in the index's order.
+    """Return the rows of the split's frames, narrowed to ``scenes`` and to ``tokens``, in the index's order.
+
+    Args:
+        sweep_frames: take every n-th LiDAR sweep after each key frame, too; 0 takes key frames only.
 
     Raises:
-        DataError: the split, a scene or a token is unknown, or nothing is left.
+        DataError: the split, a scene or a token is unknown, nothing is left, or there is no such sweep.
     """
     chosen = _scenes_of(index, tables, split)
     if scenes is not None:
@@ -49,13 +60,68 @@ def select_frames(
             )
         chosen = [name for name in chosen if name in set(scenes)]
     names = index.meta["scenes"]
-    numbers = {number for number, name in enumerate(names) if name in set(chosen)}
-    rows = [row for row, scene in enumerate(index["frame_scene"].tolist()) if scene in numbers]
+    numbers = [number for number, name in enumerate(names) if name in set(chosen)]
+    inside, steps = np.isin(index["frame_scene"], numbers), index["frame_step"]
+    wanted = steps % sweep_frames == 0 if sweep_frames else steps == 0
+    rows: list[int] = np.flatnonzero(inside & wanted).tolist()
+    if sweep_frames:
+        _check_sweeps(index, rows, sweep_frames, int(steps[inside].max(initial=0)))
     if tokens is not None:
         rows = _narrow(index, rows, tokens, split)
     if not rows:
         raise DataError(f"no key frame is left of split '{split}' in {tables}. Widen 'scenes' or 'tokens'.")
     return rows
+
+
+def _check_sweeps(index: FrameIndex, rows: Sequence[int], sweep_frames: int, most: int) -> None:
+    """Refuse a choice that holds no sweep, and sweeps that cannot be told from key frames by their token."""
+    if sweep_frames > most:
+        there = f"at most {most} LiDAR sweeps follow a key frame" if most else "there are no sweeps between key frames"
+        raise DataError(f"sweep_frames: {sweep_frames} takes no sweep, {there}. Lower it, or set it to 0.")
+    own = np.array(rows, dtype=np.int64)
+    sweeps = own[index["frame_step"][own] > 0]
+    for token in index["frame_token"][sweeps].tolist():
+        if token.decode() in index.key_rows:
+            raise DataError(
+                f"'{token.decode()}' is the token of a sample and of a LiDAR sweep, so that neither could be asked "
+                "for. Write the tables with tokens of their own, or set sweep_frames: 0."
+            )
+
+
+def with_readings(index: FrameIndex, rows: Sequence[int], modalities: Collection[str]) -> list[int]:
+    """Return ``rows`` without the sweep frames that lack a reading of a camera or radar.
+
+    Args:
+        modalities: ``camera`` and ``radar``, as far as they will be loaded.
+
+    Raises:
+        DataError: all sweep frames lack one.
+    """
+    columns = [column for modality in sorted(modalities) for column, _ in index.channels(modality)]
+    own = np.array(rows, dtype=np.int64)
+    sweep = index["frame_step"][own] > 0
+    whole = (index["frame_reading"][own][:, columns] >= 0).all(axis=1)
+    if sweep.any() and not (sweep & whole).any():
+        raise DataError(
+            f"none of the {sweep.sum()} sweep frames has a reading of every {' and every '.join(sorted(modalities))} "
+            f"within {TOLERANCE_US // 1000} ms: does the data set record them at key frames only? Set sweep_frames: 0."
+        )
+    kept: list[int] = own[whole | ~sweep].tolist()
+    return kept
+
+
+def frame_notes(index: FrameIndex, rows: Sequence[int], lacking: int, split: str) -> tuple[str, ...]:
+    """Return what to tell users about ``rows``; nothing if they are key frames only.
+
+    Args:
+        lacking: sweep frames that :func:`with_readings` left out.
+    """
+    keys = len(index.key_frames(rows))
+    if keys == len(rows):
+        return ()
+    counts = f"{keys:,} key frames and {len(rows) - keys:,} sweep frames of {split}"
+    limit = f"a sensor has no reading within {TOLERANCE_US // 1000} ms"
+    return (counts, f"{lacking:,} sweep frames left out: {limit}") if lacking else (counts,)
 
 
 def _scenes_of(index: FrameIndex, tables: Path, split: str) -> list[str]:
@@ -115,23 +181,29 @@ def _splits_here(index: FrameIndex, custom: dict[str, list[str]], kind: str | No
 
 def _narrow(index: FrameIndex, rows: list[int], tokens: Sequence[str], split: str) -> list[int]:
     inside = set(rows)
-    unknown = [token for token in tokens if token not in index.frame_rows]
-    outside = [token for token in tokens if token in index.frame_rows and index.frame_rows[token] not in inside]
+    row_of = {token: index.row(token) for token in tokens}
     repeated = [token for token, count in Counter(tokens).items() if count > 1]
-    faults = [f"'{token}' is in no record of sample.json" for token in unknown]
-    for token in outside:
-        scene = index.meta["scenes"][index["frame_scene"][index.frame_rows[token]]]
-        faults.append(f"'{token}' belongs to {scene}, which split '{split}' (narrowed by 'scenes') leaves out")
+    faults = []
+    for token, row in row_of.items():
+        if row is None:
+            faults.append(f"'{token}' is in no record of sample.json")
+        elif row not in inside:
+            scene, step = index.meta["scenes"][index["frame_scene"][row]], int(index["frame_step"][row])
+            faults.append(
+                f"'{token}' is LiDAR sweep {step} after a key frame of {scene}: split or 'sweep_frames' leave it out"
+                if step
+                else f"'{token}' belongs to {scene}, which split '{split}' (narrowed by 'scenes') leaves out"
+            )
     faults += [f"'{token}' stands there more than once" for token in repeated]
     if faults:
         raise report(DataError, "'tokens' cannot be selected; correct the list, the split or 'scenes':", faults)
-    return sorted(index.frame_rows[token] for token in tokens)
+    return sorted(row for row in row_of.values() if row is not None)
 
 
 def select_labelled(
     index: FrameIndex, rows: Sequence[int], labels: float | Sequence[str] | Path, seed: int
 ) -> frozenset[str]:
-    """Return the tokens of ``rows`` that are labelled.
+    """Return the tokens of ``rows``, all of key frames, that are labelled.
 
     Args:
         labels: a fraction (whole scenes are drawn until it is reached, the same ones on every machine), scene names,

@@ -20,7 +20,7 @@ from bevkd.config import PluginConfig
 from bevkd.data.identity import DatasetIdentity
 from bevkd.data.images import ImageView, read_image
 from bevkd.data.source import Sensor
-from bevkd.data.sources._files import file_fault, file_faults
+from bevkd.data.sources._files import file_fault, file_faults, skipped_notes
 from bevkd.data.sources._kitti_boxes import NEAR_M, boxes_from_objects
 from bevkd.data.sources._kitti_files import (
     DONT_CARE,
@@ -92,19 +92,21 @@ class KittiSource:
     """The frames that a :class:`Config` asks for; a ``FrameSource``.
 
     Attributes:
-        skipped: frames left out because of missing or damaged files (``skip_missing``).
+        annotated: all frames, but none of split ``test``.
+        notes: what to tell users about the choice of frames.
     """
 
     metrics: str | None = "kitti"
 
     def __init__(
-        self, config: Config, tokens: Sequence[str], labelled: frozenset[str], digest: str, skipped: int = 0
+        self, config: Config, tokens: Sequence[str], labelled: frozenset[str], digest: str, notes: Sequence[str] = ()
     ) -> None:
-        self.config, self.skipped = config, skipped
+        self.config, self.notes = config, tuple(notes)
         self.folder = config.root / ("testing" if config.split == "test" else "training")
         self.classes: tuple[str, ...] = config.classes
         self.tokens = tuple(tokens)
-        self.labelled = labelled.intersection(self.tokens)
+        self.annotated = frozenset(() if config.split == "test" else self.tokens)
+        self.labelled = labelled & self.annotated
         self.identity = DatasetIdentity(
             name=config.name,
             version="object",
@@ -264,9 +266,7 @@ def build(config: Config, sensors: frozenset[Sensor] = frozenset()) -> KittiSour
         DataError: the folder or the split's list is missing, a token is unknown, or every frame was skipped.
     """
     tokens = _select(config)
-    if config.split == "test":
-        labelled = frozenset[str]()
-    elif isinstance(config.labels, Path):
+    if isinstance(config.labels, Path):
         labelled = listed(config.labels, tokens)
     else:
         labelled = drawn({token: [token] for token in tokens}, config.labels, config.labels_seed)
@@ -280,7 +280,8 @@ def build(config: Config, sensors: frozenset[Sensor] = frozenset()) -> KittiSour
             f"skip_missing leaves no frame of split '{config.split}': {len(faults)} faults, first {faults[0]}. "
             "Download the sensor files, or correct root."
         )
-    return KittiSource(config, kept, labelled, source.identity.annotation_digest, skipped=len(tokens) - len(kept))
+    notes = skipped_notes(len(tokens) - len(kept), len(tokens), config.split)
+    return KittiSource(config, kept, labelled, source.identity.annotation_digest, notes)
 
 
 def _select(config: Config) -> list[str]:

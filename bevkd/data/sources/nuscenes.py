@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +18,30 @@ from bevkd.config import PluginConfig
 from bevkd.data.identity import DatasetIdentity
 from bevkd.data.images import ImageView, read_image
 from bevkd.data.source import Sensor
+from bevkd.data.sources._files import skipped_notes
 from bevkd.data.sources._labels import check_labels
 from bevkd.data.sources._nuscenes_build import transforms
 from bevkd.data.sources._nuscenes_files import file_faults, read_lidar, read_radar
 from bevkd.data.sources._nuscenes_index import FrameIndex, open_index
-from bevkd.data.sources._nuscenes_select import check_folders, select_frames, select_labelled
+from bevkd.data.sources._nuscenes_select import (
+    check_folders,
+    frame_notes,
+    select_frames,
+    select_labelled,
+    with_readings,
+)
 from bevkd.errors import DataError
 from bevkd.geometry.camera import lidar_depth
 from bevkd.types import Boxes, Frame, LidarDepth, Rig
 
 _MODALITY = {"previous_camera": "camera", "lidar_depth": "lidar"}
-"""Modality of the channels that a sensor reads, where it has another name."""
+"""Modality of the channels whose files a sensor reads, where it has another name."""
+
+_READ_BY: Mapping[str, frozenset[Sensor]] = {
+    "camera": frozenset({"camera", "previous_camera", "lidar_depth"}),
+    "radar": frozenset({"radar"}),
+}
+"""Sensors that cannot be loaded without the readings of a modality."""
 
 CLASSES = (
     "car",
@@ -56,17 +68,20 @@ def check_classes(classes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class Config(PluginConfig):
-    """Which key frames to read from where.
+    """Which frames to read from where.
 
     Attributes:
         root: folder that holds ``samples/``, ``sweeps/`` and the folder ``version``.
         split: official split, or one of ``splits.json`` in the version's folder.
         scenes, tokens: narrow the split to these scene names, and to exactly these sample tokens.
+        sweep_frames: take every n-th LiDAR sweep after each key frame, too, as a frame without annotations; 0 takes key
+            frames only. Its token is that of the sweep's ``sample_data`` record. It has of each camera and radar the
+            reading nearest in time, and is left out if one that is loaded has none within 50 ms.
         classes: detection classes wanted; boxes of others are left out.
         sweeps: LiDAR scans put together per frame, with the key frame's own.
         radar_sweeps: radar scans put together per frame and radar.
         min_points: LiDAR and radar returns that a box must contain to be a label.
-        labels: labelled frames: a fraction (whole scenes are drawn), scene names, or a file with a token per line.
+        labels: labelled key frames: a fraction (whole scenes are drawn), scene names, or a file with a token per line.
         labels_seed: changes the scenes that are drawn.
         skip_missing: leave out frames with missing or damaged sensor files instead of refusing to start.
         index_dir: where the frame index is kept; None means the user's cache folder.
@@ -78,6 +93,7 @@ class Config(PluginConfig):
     split: str = "train"
     scenes: tuple[str, ...] | None = None
     tokens: tuple[str, ...] | None = None
+    sweep_frames: int = Field(default=0, ge=0)
     classes: Annotated[tuple[str, ...], AfterValidator(check_classes)] = CLASSES
     sweeps: int = Field(default=10, ge=1, le=10)
     radar_sweeps: int = Field(default=6, ge=1, le=13)
@@ -113,38 +129,35 @@ class GlobalBoxes:
 
 
 class NuScenesSource:
-    """The key frames that a :class:`Config` asks for; a ``FrameSource``.
+    """The frames that a :class:`Config` asks for; a ``FrameSource``.
 
     Attributes:
-        skipped: key frames left out because of missing or damaged files (``skip_missing``).
+        annotated: key frames, if the version has annotations; the official test split has none.
+        notes: what to tell users about the choice of frames.
         cameras: camera names, in the rig's order.
-        annotated: whether the version has annotations; the official test split has none, and no labelled frame then.
     """
 
     metrics: str | None = "nuscenes"
 
     def __init__(
-        self, config: Config, index: FrameIndex, rows: Sequence[int], labelled: frozenset[str], skipped: int = 0
+        self, config: Config, index: FrameIndex, rows: list[int], labelled: frozenset[str], notes: Sequence[str] = ()
     ) -> None:
-        self.config = config
-        self.index = index
-        self.skipped = skipped
+        self.config, self.index, self.notes = config, index, tuple(notes)
         self.classes: tuple[str, ...] = config.classes
-        self.tokens = tuple(index["frame_token"][row].decode() for row in rows)
-        self.annotated = len(index["box_category"]) > 0
-        self.labelled = labelled.intersection(self.tokens) if self.annotated else frozenset()
+        self.tokens = index.tokens(rows)
+        self.annotated = frozenset(index.tokens(index.key_frames(rows)) if len(index["box_category"]) else ())
+        self.labelled = labelled & self.annotated
         self.cameras = tuple(name for _, name in index.channels("camera"))
         self._label_of = np.array(
             [self.classes.index(name) if name in self.classes else -1 for name in index.meta["detection_names"]] or [-1]
         )
-        # Over the whole version, so that a part of it is still known as the same data set.
-        digest = hashlib.sha256(index["frame_token"].tobytes() + index["frame_digest"].tobytes())
         self.identity = DatasetIdentity(
             name=config.name,
             version=config.version,
             split=config.split,
             frames=len(self.tokens),
-            annotation_digest=digest.hexdigest(),
+            # Over the whole version, so that a part of it is still known as the same data set.
+            annotation_digest=index.meta["annotation_digest"],
         )
 
     def load(self, token: str, sensors: frozenset[Sensor], views: Mapping[str, ImageView] | None = None) -> Frame:
@@ -171,7 +184,7 @@ class NuScenesSource:
         return {name: (int(sizes[reading, 0]), int(sizes[reading, 1])) for name, reading in present.items()}
 
     def annotations(self, token: str) -> Boxes:
-        """Return the boxes of the wanted classes with at least ``min_points`` returns, labelled frame or not."""
+        """Return the boxes of the wanted classes with at least ``min_points`` returns; sweep frames have none."""
         rows = self._boxes(token)
         labels = self._label_of[self.index["box_category"][rows]]
         kept = (labels >= 0) & (self.index["box_points"][rows].sum(axis=1) >= self.config.min_points)
@@ -237,22 +250,21 @@ class NuScenesSource:
                 chain = self.index.sweeps(int(readings[column]), sweeps.get(sensor, 1))
                 files += [self.index.file(reading) for reading in chain]
                 if not chain:
-                    absent.append(f"sample {token}: sample_data.json has no key frame of {name}")
+                    absent.append(f"frame {token}: sample_data.json has no reading of {name}")
         return files, absent
 
     def _previous(self, row: int) -> int:
-        """Return the row of the key frame before, or the same one at the start of a scene."""
-        scenes = self.index["frame_scene"]
-        return row - 1 if row and scenes[row - 1] == scenes[row] else row
+        """Return the row of the frame whose images are the previous ones of a frame."""
+        return int(self.index["frame_previous"][row])
 
     def _row(self, token: str) -> int:
-        try:
-            return self.index.frame_rows[token]
-        except KeyError:
+        row = self.index.row(token)
+        if row is None:
             raise DataError(
                 f"sample token '{token}' is not in {self.config.root / self.config.version}. "
                 "Correct the token, or the recipe's root and version."
-            ) from None
+            )
+        return row
 
     def _boxes(self, token: str) -> slice:
         row, offsets = self._row(token), self.index["frame_boxes"]
@@ -268,7 +280,7 @@ class NuScenesSource:
         return fused
 
     def _lidar_from_sensor(self, row: int, reading: int) -> npt.NDArray[np.float64]:
-        """Return the transform to the key frame's LiDAR frame, through the ego poses of both timestamps."""
+        """Return the transform to the frame's LiDAR frame, through the ego poses of both timestamps."""
         lidar_from_sensor: npt.NDArray[np.float64] = np.linalg.solve(
             self._global_from_sensor(self._lidar(row)), self._global_from_sensor(reading)
         )
@@ -324,7 +336,7 @@ class NuScenesSource:
         )
 
     def _shots(self, row: int, views: Mapping[str, ImageView] | None) -> dict[str, int]:
-        """Return the reading of each camera wanted at a key frame, in the rig's order."""
+        """Return the reading of each camera wanted at a frame, in the rig's order."""
         wanted = self.cameras if views is None else tuple(views)
         unknown = [name for name in wanted if name not in self.cameras]
         if unknown or not wanted:
@@ -337,7 +349,7 @@ class NuScenesSource:
         for name, reading in shots.items():
             if reading < 0:
                 token = self.index["frame_token"][row].decode()
-                raise DataError(f"sample {token} has no key frame of {name} in sample_data.json. Leave the frame out.")
+                raise DataError(f"frame {token} has no reading of {name} in sample_data.json. Leave the frame out.")
         return shots
 
     def _calibration(self, row: int, readings: Sequence[int]) -> tuple[Float[Tensor, "N 3 3"], Float[Tensor, "N 4 4"]]:
@@ -348,7 +360,7 @@ class NuScenesSource:
         return intrinsics, torch.from_numpy(poses)
 
     def _lidar_depth(self, row: int, views: Mapping[str, ImageView] | None) -> LidarDepth:
-        """Return the depth of the key frame's own returns; sweeps of other times do not fit moving objects."""
+        """Return the depth of the frame's own returns; sweeps of other times do not fit moving objects."""
         reading = self._lidar(row)
         points = torch.from_numpy(read_lidar(self.config.root / self.index.file(reading))[:, :3].copy())
         readings = list(self._shots(row, views).values())
@@ -358,16 +370,19 @@ class NuScenesSource:
 
 
 def build(config: Config, sensors: frozenset[Sensor] = frozenset()) -> NuScenesSource:
-    """Return the source; with ``skip_missing`` only frames whose files for ``sensors`` are whole.
+    """Return the source: sweep frames have readings for all ``sensors``; with ``skip_missing`` files are whole.
 
     Raises:
-        DataError: folder, version, split, scene or token unknown; tables damaged; or every frame was skipped.
+        DataError: folder, version, split, scene or token unknown; tables damaged; there is no such sweep; or every
+            frame was skipped.
     """
     tables = check_folders(config.root, config.version)
     index = open_index(tables, config.index_dir)
-    rows = select_frames(index, tables, config.split, config.scenes, config.tokens)
-    labelled = select_labelled(index, rows, config.labels, config.labels_seed)
-    source = NuScenesSource(config, index, rows, labelled)
+    chosen = select_frames(index, tables, config.split, config.scenes, config.tokens, config.sweep_frames)
+    labelled = select_labelled(index, index.key_frames(chosen), config.labels, config.labels_seed)
+    rows = with_readings(index, chosen, [modality for modality, read in _READ_BY.items() if read & sensors])
+    lacking = len(chosen) - len(rows)
+    source = NuScenesSource(config, index, rows, labelled, frame_notes(index, rows, lacking, config.split))
     if not config.skip_missing or not sensors:
         return source
     kept = source.whole(source.tokens, sensors)
@@ -377,5 +392,8 @@ def build(config: Config, sensors: frozenset[Sensor] = frozenset()) -> NuScenesS
             f"skip_missing leaves no frame of split '{config.split}': {len(faults)} faults, first {faults[0]}. "
             "Download the sensor files, or correct root."
         )
-    whole = [index.frame_rows[token] for token in kept]
-    return NuScenesSource(config, index, whole, labelled, skipped=len(rows) - len(whole))
+    there = set(kept)
+    whole = [row for row, token in zip(rows, source.tokens, strict=True) if token in there]
+    notes = frame_notes(index, whole, lacking, config.split)
+    notes += skipped_notes(len(rows) - len(whole), len(rows), config.split)
+    return NuScenesSource(config, index, whole, labelled, notes)

@@ -1,0 +1,1 @@
+"""The parts of the page of ``bevkd report``: what each section says, from runs to markup."""
