@@ -9,6 +9,7 @@ from typing import Any, Literal
 from bevkd.cache.arrays import arrays_for
 from bevkd.cache.catalogue import stored_bytes
 from bevkd.cache.manifest import Manifest, open_manifest
+from bevkd.cache.statistics import ChannelStatistics
 from bevkd.cache.store import open_store
 from bevkd.cache.variants import frames_in, split_token, variants_in
 from bevkd.errors import CacheError
@@ -31,12 +32,18 @@ def info(uri: str) -> dict[str, Any]:
         "grid": str(manifest.grid),
         "frame of maps and boxes": manifest.frame,
         "signals": {name: _signal(manifest, name) for name in manifest.spec.signals},
+        "statistics": {name: _spread(each) for name, each in manifest.statistics.items()} or "none: an older cache",
         "self-check": manifest.self_check.text if manifest.self_check else _UNCHECKED,
         "kB per frame": round(size / len(frames_in(manifest.tokens)) / 1e3, 1),
         "bytes": size,
         "licence": manifest.licence or "not stated",
         "versions": manifest.versions,
     }
+
+
+def _spread(found: ChannelStatistics) -> str:
+    """Return the statistics of a feature signal in a few words."""
+    return f"{found.share:.0%} hold something, deviations of the channels {min(found.std):.2g} to {max(found.std):.2g}"
 
 
 def _signal(manifest: Manifest, name: str) -> str:

@@ -139,8 +139,8 @@ class UniDistill(nn.Module):
     def __init__(self, config: Config, context: DistillContext) -> None:
         super().__init__()
         self.config, self.grid = config, context.grid
-        standardised = config.standardise and config.feature > 0
-        self.standardise = context.standardise("points_low") if standardised else nn.Identity()
+        if config.standardise and config.feature > 0:
+            self.standardise = context.standardise("points_low")
         stages = {"bev_low": config.feature, "bev_high": config.relation}
         self.adapters = nn.ModuleDict(
             {
@@ -156,11 +156,14 @@ class UniDistill(nn.Module):
         boxes = self._foreground(teacher, batch)
         terms = {}
         if config.feature > 0:
-            own, theirs = self._sampled("low", student.bev_low, teacher, boxes, batch)
-            terms["feature"] = config.feature * feature_loss(own, self.standardise(theirs))
+            own, theirs, inside = self._sampled("low", student.bev_low, teacher, boxes, batch)
+            if config.standardise:
+                # Beyond the edge both are zero, which standardised would be a distance that nobody can lessen.
+                theirs = torch.where(inside[..., None], self.standardise(theirs), own.detach())
+            terms["feature"] = config.feature * feature_loss(own, theirs)
         if config.relation > 0:
-            sampled = self._sampled("high", student.bev_high, teacher, boxes, batch)
-            terms["relation"] = config.relation * relation_loss(*sampled)
+            own, theirs, _ = self._sampled("high", student.bev_high, teacher, boxes, batch)
+            terms["relation"] = config.relation * relation_loss(own, theirs)
         if config.response > 0:
             heatmap, covered = teacher.warped("heatmap")
             code, known = teacher.warped("box_code")
@@ -183,19 +186,27 @@ class UniDistill(nn.Module):
 
     def _sampled(
         self, level: str, own: Tensor, teacher: TeacherBatch, boxes: tuple[Boxes, ...], batch: Batch
-    ) -> tuple[Tensor, Tensor]:
-        """Return student and teacher vectors at the nine points of every box, of ``bev_low`` or ``bev_high``."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return student and teacher vectors at the nine points of every box, and which points lie on both maps.
+
+        Args:
+            level: ``low`` or ``high``.
+            own: the student's map.
+        """
         swap, stage = self.config.legacy_xy_swap, f"bev_{level}"
         # Losses run outside autocast, so a half-precision map has to be widened for the adapter's weights.
         own = self.adapters[stage](own.float()) if stage in self.adapters else own
         if self.config.source == "points":
             held = _labelled(teacher.points(f"points_{level}"), batch)
-            points = [teacher.to_augmented(nine_points(each.boxes), frame) for frame, each in enumerate(held)]
-            return sample_at(own, points, self.grid), torch.cat([each.values for each in held])
-        points = [nine_points(each.values[:, :7]) for each in boxes]
-        canonical = [teacher.to_canonical(xy_m, frame) for frame, xy_m in enumerate(points)]
-        theirs = teacher.canonical.need(stage)
-        return sample_at(own, points, self.grid, swap), sample_at(theirs, canonical, self.grid, swap)
+            canonical = [nine_points(each.boxes) for each in held]
+            points = [teacher.to_augmented(xy_m, frame) for frame, xy_m in enumerate(canonical)]
+            theirs = torch.cat([each.values for each in held])
+        else:
+            points = [nine_points(each.values[:, :7]) for each in boxes]
+            canonical = [teacher.to_canonical(xy_m, frame) for frame, xy_m in enumerate(points)]
+            theirs = sample_at(teacher.canonical.need(stage), canonical, self.grid, swap)
+        inside = self.grid.contains(torch.cat(points)) & self.grid.contains(torch.cat(canonical))
+        return sample_at(own, points, self.grid, swap), theirs, inside
 
 
 def _adapter(config: Config, context: DistillContext, stage: str) -> nn.Module:

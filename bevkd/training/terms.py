@@ -115,12 +115,13 @@ class Terms:
         self._factors[part] = min(max(wanted, 1 / LIMIT), LIMIT)
 
     def _judge_value(self, part: str, detection: float, step: int) -> None:
-        if min(len(self._recent[part]), len(self._recent[DETECTION])) < PATIENCE:
+        seen = min(len(self._recent[part]), len(self._recent[DETECTION]))
+        if seen < PATIENCE:
             return
         factor = self.factors([part], step)[0]
         ratio = factor * statistics.median(self._recent[part]) / detection
         if ratio > TOO_LARGE:
-            what = f"step {step + 1}: {part} is {ratio:.3g} times the detection loss, by medians of {WINDOW} steps"
+            what = f"step {step + 1}: {part} is {ratio:.3g} times the detection loss, by medians of {seen} steps"
             self.warn(f"value of {part}", f"{what}, which may starve detection. {self._remedy(part, ratio)}")
 
     def take_gradients(self, norms: Mapping[str, float], step: int) -> dict[str, float]:
@@ -144,7 +145,12 @@ class Terms:
         label, _, weight = part.partition("/")
         config, key = self._losses[label], f"distill.losses.{list(self._losses).index(label)}"
         ways = []
-        if weight in config.weights:
+        factor = self._factors.get(part, 1.0)
+        if self._balance and factor != 1:
+            bound = "least" if factor > 1 else "most"
+            value = getattr(self._balance, bound)
+            ways.append(f"lower distill.balance.{bound} from {value:g} to about {value / ratio:.2g}")
+        elif weight in config.weights:
             value = getattr(config, weight)
             ways.append(f"lower {key}.{weight} from {value:g} to about {value / ratio:.2g}")
         if weight == "feature" and getattr(config, "standardise", True) is False:

@@ -67,6 +67,15 @@ def test_the_feature_term_compares_the_students_adapter_with_standardised_points
     assert found != feature_term("maps")[0]
 
 
+def test_points_beyond_the_edge_of_the_map_add_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "tests.distill.test_standardise.OBJECTS", kit.boxes((20, 20, 4, 2, 0.3, 0), (-4, 3, 1, 1, 0, 1))
+    )
+    with_one_outside = feature_term("maps", standardise=True)[0]
+    monkeypatch.setattr("tests.distill.test_standardise.OBJECTS", kit.boxes((-4, 3, 1, 1, 0, 1)))
+    torch.testing.assert_close(with_one_outside, feature_term("maps", standardise=True)[0] / 2, rtol=1e-3, atol=0)
+
+
 def test_points_give_the_same_term_as_maps() -> None:
     torch.testing.assert_close(feature_term("points", standardise=True)[0], feature_term("maps", standardise=True)[0])
 

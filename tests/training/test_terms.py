@@ -234,6 +234,18 @@ def test_a_gradient_above_that_of_detection_is_warned_of() -> None:
     assert "Lower distill.losses.0.feature from 50 to about 10" in message
 
 
+@pytest.mark.parametrize(
+    ("value", "remedy"), [(400.0, "most from 1 to about 0.2"), (0.01, "least from 0.1 to about 0.02")]
+)
+def test_of_a_balanced_term_the_bound_that_holds_it_is_what_to_change(value: float, remedy: str) -> None:
+    controlled = terms(BalanceConfig(), standardise=True)
+    balance_of(controlled, value, 1)
+    for step in range(3):
+        controlled.take_gradients({"detection": 2.0, "pull/feature": 10.0}, step)
+    (message,) = controlled.unsaid()
+    assert message.endswith(f"Lower distill.balance.{remedy}.")
+
+
 def test_a_gradient_that_overflows_is_left_out() -> None:
     assert terms().take_gradients({"detection": math.inf, "pull/feature": 1.0}, 0) == {"gradient/pull/feature": 1.0}
 
